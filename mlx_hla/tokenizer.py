@@ -1,0 +1,164 @@
+"""A SentencePiece tokenizer for source code that gives every valid UTF-8 text back exactly.
+
+Pieces are BPE over identity-normalised text; what they do not cover falls back to one token per byte.
+SentencePiece writes spaces as U+2581, so that character never reaches it, nor does NUL, which a C string
+would end at: both are cut out of the text and written as byte tokens. Decoding is a table from token to
+bytes, so that text can be streamed token by token however its characters fall across tokens.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .errors import InputError
+
+SPACE = "\u2581"  # what SentencePiece writes for a space
+MAX_MODEL_BYTES = 16 * 2**20
+# A line break with the indentation that follows it is one token: Python is full of them.
+NEWLINES = ["\n"] + ["\n" + SPACE * (4 * depth) for depth in range(1, 9)]
+_UNSAFE = re.compile("([\0" + SPACE + "])")
+_CHUNK = 50_000
+_PRINTABLE = "".join(chr(c) for c in range(33, 127))
+
+
+def _sentencepiece():
+    with warnings.catch_warnings():  # its SWIG types warn on import under Python 3.12 and later
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import sentencepiece
+    return sentencepiece
+
+
+class Tokenizer:
+    """Text to token ids and back. `bos_id` opens a document, `eos_id` closes it; neither has any text."""
+
+    def __init__(self, proto: bytes, name: str = "tokenizer.model"):
+        if not 0 < len(proto) <= MAX_MODEL_BYTES:
+            raise InputError(f"{name}: {len(proto)} bytes is not the size of a SentencePiece model")
+        sp = _sentencepiece().SentencePieceProcessor()
+        try:
+            sp.LoadFromSerializedProto(proto)
+            pieces = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
+        except Exception as e:  # the C++ side raises several types, all meaning "not a model"
+            raise InputError(f"{name}: not a SentencePiece model") from e
+        self.proto = proto
+        self._sp = sp
+        self.bos_id, self.eos_id = sp.bos_id(), sp.eos_id()
+        self._byte_ids: dict[int, int] = {}
+        table = []
+        for i, piece in enumerate(pieces):
+            if sp.is_byte(i):
+                byte = int(piece[3:5], 16)
+                self._byte_ids[byte] = i
+                table.append(bytes([byte]))
+            elif sp.is_control(i) or sp.is_unknown(i):
+                table.append(b"")
+            else:
+                table.append(piece.replace(SPACE, " ").encode())
+        self._bytes = table
+        if len(self._byte_ids) != 256 or self.bos_id < 0 or self.eos_id < 0:
+            raise InputError(f"{name}: the tokenizer must have byte fallback and the tokens <s> and </s>")
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._bytes)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for; none for a control token."""
+        return self._bytes[token]
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError("the text holds a lone surrogate, which UTF-8 cannot write") from None
+        ids = [self.bos_id] if bos else []
+        for part in _UNSAFE.split(text):
+            if part in ("\0", SPACE):
+                ids += [self._byte_ids[b] for b in part.encode()]
+            elif part:
+                ids += self._sp.encode(part)
+        if eos:
+            ids.append(self.eos_id)
+        return ids
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self._bytes[i] for i in ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the tokens; bytes that are no UTF-8 (a model can write them) become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def stream(self) -> Detokenizer:
+        return Detokenizer(self)
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_bytes(self.proto)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        path = Path(path)
+        try:
+            if path.stat().st_size > MAX_MODEL_BYTES:
+                raise InputError(f"{path}: too large for a SentencePiece model")
+            proto = path.read_bytes()
+        except OSError as e:
+            raise InputError(f"{path}: cannot read the tokenizer ({e.strerror or e})") from e
+        return cls(proto, str(path))
+
+
+class Detokenizer:
+    """Tokens in, text out as soon as its characters are whole."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> str:
+        return self._decoder.decode(self._tokenizer.token_bytes(token))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """Learn a BPE of `vocab_size` tokens. The same texts give the same tokenizer."""
+    fixed = 3 + 256 + len(NEWLINES) + len(_PRINTABLE) + 1
+    if vocab_size < fixed:
+        raise InputError(f"vocab_size must be at least {fixed} (bytes, indents, ASCII), got {vocab_size}")
+    out = io.BytesIO()
+    # Its "sentences" have a largest length, beyond which it drops them: cut the texts into pieces below it.
+    sentences = (_UNSAFE.sub("", t[i : i + _CHUNK]) for t in texts for i in range(0, len(t), _CHUNK))
+    try:
+        _sentencepiece().SentencePieceTrainer.train(
+            sentence_iterator=sentences,
+            model_writer=out,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_by_unicode_script=False,  # lets "self." and "):" be pieces
+            user_defined_symbols=NEWLINES,
+            required_chars=_PRINTABLE,
+            character_coverage=0.9999,
+            max_sentence_length=8 * _CHUNK,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as e:
+        reason = " ".join(str(e).split())
+        raise InputError(
+            f"no tokenizer of {vocab_size} tokens can be learnt from this corpus: {reason}"
+        ) from e
+    return Tokenizer(out.getvalue())
