@@ -1,0 +1,126 @@
+"""The corpus, its split, and batches that depend on seed and step alone."""
+
+import numpy as np
+import pytest
+
+from mlx_hla import data
+from mlx_hla.errors import InputError
+from mlx_hla.tokenizer import train_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(40):
+        file = tmp_path / f"part{i % 3}" / f"file{i}.py"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"def f{i}(x):\n    return x + {i}\n" * 5)
+    return tmp_path
+
+
+def test_split_is_by_file_and_deterministic(folder):
+    one, two = data.load_corpus(folder, 0.25), data.load_corpus(folder, 0.25)
+    assert one == two
+    assert len(one.train) + len(one.valid) == 40
+    assert 2 <= len(one.valid) <= 20
+    assert not set(one.train) & set(one.valid)
+
+
+def test_a_file_keeps_its_side_when_others_change(folder):
+    before = data.load_corpus(folder, 0.25)
+    (folder / "new.py").write_text("print('new')\n")
+    after = data.load_corpus(folder, 0.25)
+    assert set(before.train) <= set(after.train)
+    assert set(before.valid) <= set(after.valid)
+    assert before.digest != after.digest
+
+
+def test_unreadable_repeated_and_foreign_files(folder):
+    (folder / "binary.py").write_bytes(b"\xff\xfe\x00bad")
+    (folder / "copy.py").write_text((folder / "part0" / "file0.py").read_text())
+    (folder / "image.png").write_bytes(b"png")
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "x.py").write_text("no")
+    corpus = data.load_corpus(folder, 0.25)
+    assert corpus.skipped == 1
+    assert len(corpus.train) + len(corpus.valid) == 40
+    assert "1 files left out" in corpus.describe()
+
+
+def test_one_file_is_split_inside(tmp_path):
+    file = tmp_path / "only.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + b"".join(b"line %d\r\n" % i for i in range(100)))
+    corpus = data.load_corpus(file, 0.1)
+    assert corpus.train == ("".join(f"line {i}\n" for i in range(90)),)
+    assert corpus.valid == ("".join(f"line {i}\n" for i in range(90, 100)),)
+
+
+def test_max_bytes_samples(folder):
+    part = data.load_corpus(folder, 0.25, max_bytes=1000)
+    assert 1000 <= sum(map(len, part.train + part.valid)) < 1400
+
+
+@pytest.mark.parametrize("content", [None, b"", b"  \n\n", b"\xff\xff"])
+def test_empty_corpus_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "x.py").write_bytes(content)
+    with pytest.raises(InputError, match="corpus is empty"):
+        data.load_corpus(tmp_path)
+
+
+def test_missing_corpus_and_bad_fraction(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        data.load_corpus(tmp_path / "none")
+    with pytest.raises(InputError, match="fraction"):
+        data.load_corpus(tmp_path, 1.0)
+
+
+def test_standard_library():
+    corpus = data.load_corpus()
+    assert len(corpus.train) > 100
+    assert sum(map(len, corpus.train)) > 3e6
+    assert sum(map(len, corpus.valid)) > 5e4
+    assert not any("class TestCase(unittest.TestCase)" in t for t in corpus.train[:50])
+
+
+def test_stream_and_byte_counts(folder):
+    corpus = data.load_corpus(folder, 0.25)
+    tokenizer = train_tokenizer(corpus.train, 380)
+    stream = data.encode_texts(tokenizer, corpus.valid)
+    assert stream.dtype == np.uint16
+    assert (stream == tokenizer.bos_id).sum() == len(corpus.valid)
+    assert data.bytes_per_token(tokenizer)[stream].sum() == sum(len(t.encode()) for t in corpus.valid)
+    assert tokenizer.decode(stream.tolist()) == "".join(corpus.valid)
+
+
+def test_batches_depend_on_seed_and_step_only():
+    stream = np.arange(1000, dtype=np.uint16)
+    batches = data.Batches(stream, 4, 16, seed=3)
+    batch = np.array(batches[7])
+    assert batch.shape == (4, 17)
+    assert (np.diff(batch, axis=1) == 1).all()
+    assert (batch == np.array(data.Batches(stream, 4, 16, seed=3)[7])).all()
+    assert (batch != np.array(batches[8])).any()
+    assert (batch != np.array(data.Batches(stream, 4, 16, seed=4)[7])).any()
+
+
+def test_batches_reach_both_ends():
+    batches = data.Batches(np.arange(20, dtype=np.uint16), 64, 16, seed=0)
+    starts = {int(s) for s in np.array(batches[0])[:, 0]}
+    assert starts == {0, 1, 2, 3}
+    with pytest.raises(InputError, match="fewer than one window"):
+        data.Batches(np.arange(16, dtype=np.uint16), 1, 16, seed=0)
+
+
+@pytest.mark.parametrize("length", [2, 16, 17, 18, 100])
+def test_windows_predict_every_token_once(length):
+    stream = np.arange(length, dtype=np.uint16)
+    seen = []
+    for tokens, real in data.windows(stream, 2, 16):
+        assert tokens.shape == (2, 17)
+        seen += tokens[:, 1:][real].tolist()
+    assert seen == list(range(1, length))
+
+
+def test_windows_of_nothing():
+    with pytest.raises(InputError, match="too few"):
+        next(data.windows(np.zeros(1, np.uint16), 1, 4))
