@@ -1,0 +1,62 @@
+"""Decay of the memories: learned per token, or fixed per head.
+
+A memory of M tokens means g = exp(-1/M): what a token left fades to 1/e in M tokens. Heads start, or stay, at
+memories spread evenly in log M, so that some follow the last words and some the page.
+"""
+
+# B batch, T time, H key-value heads
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+
+SHORTEST_MEMORY = 8.0
+LONGEST_MEMORY = 512.0
+
+
+def spread_memories(
+    heads: int, shortest: float = SHORTEST_MEMORY, longest: float = LONGEST_MEMORY
+) -> list[float]:
+    """`heads` memory lengths in tokens, evenly spaced in log; one head gets the geometric mean."""
+    if not 0 < shortest <= longest < math.inf:
+        raise ValueError(
+            f"[spread_memories] need 0 < shortest <= longest, got shortest={shortest}, longest={longest}"
+        )
+    if heads == 1:
+        return [math.sqrt(shortest * longest)]
+    ratio = math.log(longest / shortest) / (heads - 1)
+    return [shortest * math.exp(ratio * h) for h in range(heads)]
+
+
+def fixed_decay(heads: int, shortest: float = SHORTEST_MEMORY, longest: float = LONGEST_MEMORY) -> mx.array:
+    """Constant decay per head, float32 [H]: g = exp(-1/M)."""
+    return mx.array([math.exp(-1.0 / m) for m in spread_memories(heads, shortest, longest)])
+
+
+class DecayGate(nn.Module):
+    """One decay per token and head, g = exp(-softplus(w·x + b)) in (0, 1), always computed in float32.
+
+    The bias starts at softplus(b) = 1/M with M spread from `shortest` to `longest` tokens; the weight starts
+    at zero, so these are the memories of the first step whatever the input. Not an `nn.Linear`, on purpose:
+    the long memories live in the last digits below g = 1, and quantising these few rows would save nothing.
+    """
+
+    def __init__(
+        self, dims: int, heads: int, shortest: float = SHORTEST_MEMORY, longest: float = LONGEST_MEMORY
+    ):
+        super().__init__()
+        self.weight = mx.zeros((heads, dims))
+        # softplus(b) = 1/M  <=>  b = log(exp(1/M) - 1)
+        self.bias = mx.array(
+            [math.log(math.expm1(1.0 / m)) for m in spread_memories(heads, shortest, longest)]
+        )
+
+    def _extra_repr(self):
+        return f"{self.weight.shape[1]}, heads={self.weight.shape[0]}"
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [B, T, dims] to decay [B, T, H], float32."""
+        logits = x.astype(mx.float32) @ self.weight.astype(mx.float32).T + self.bias.astype(mx.float32)
+        # exp(-softplus(z)) = 1 / (1 + e^z): the sigmoid has no overflow and no 0 * inf in its gradient.
+        return mx.sigmoid(-logits)
