@@ -1,0 +1,160 @@
+"""Models on disk: a folder with `config.json`, `model.safetensors` and `tokenizer.model`.
+
+A file is checked before it is believed: sizes in the config against limits, then every tensor's name, shape
+and dtype in the safetensors header against the config, then the header against the file's length. Nothing is
+unpickled, and nothing large is allocated for a file that is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_hla.errors import InputError
+from mlx_hla.models.config import ModelConfig, parse_json
+from mlx_hla.models.lm import LanguageModel
+from mlx_hla.tokenizer import Tokenizer
+
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
+PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
+MAX_HEADER_BYTES = 16 * 2**20
+DTYPES = {
+    "F32": (mx.float32, 4),
+    "F16": (mx.float16, 2),
+    "BF16": (mx.bfloat16, 2),
+    "U64": (mx.uint64, 8),
+}
+_FLOATS = ("F32", "F16", "BF16")
+
+
+def save(folder: str | Path, model: LanguageModel, tokenizer: Tokenizer, dtype: mx.Dtype = mx.bfloat16):
+    """Write the model; each file appears whole or not at all, the weights last."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = dict(tree_flatten(tree_map(lambda a: a.astype(dtype), model.parameters())))
+    write_atomic(folder / TOKENIZER, tokenizer.save)
+    write_atomic(folder / CONFIG, lambda path: path.write_text(model.config.to_json()))
+    write_atomic(folder / WEIGHTS, lambda path: mx.save_safetensors(str(path), weights, {"format": "mlx"}))
+
+
+def load(folder: str | Path | None = None, dtype: mx.Dtype | None = None) -> tuple[LanguageModel, Tokenizer]:
+    """Read a model, by default the one that ships with the package.
+
+    `dtype` None keeps the file's dtype on a GPU and widens to float32 on a CPU, which is faster there.
+    """
+    folder = Path(folder) if folder is not None else PRETRAINED
+    if not folder.is_dir():
+        what = "is a file; a model is a folder" if folder.exists() else "no such model folder"
+        raise InputError(f"{folder}: {what} with {CONFIG}, {WEIGHTS} and {TOKENIZER}")
+    config = ModelConfig.load(folder / CONFIG)
+    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise InputError(
+            f"{folder / TOKENIZER}: has {tokenizer.vocab_size} tokens, the config says {config.vocab_size}"
+        )
+    model = LanguageModel(config)  # lazy: no weight of it is ever computed
+    expected = {name: a.shape for name, a in tree_flatten(model.parameters())}
+    weights = load_tensors(folder / WEIGHTS, expected)
+    if dtype is None and mx.default_device() == mx.cpu:
+        dtype = mx.float32
+    if dtype is not None:
+        weights = {name: a.astype(dtype) for name, a in weights.items()}
+    finite = mx.stack([mx.isfinite(a).all() for a in weights.values()]).all()
+    if not finite.item():
+        raise InputError(f"{folder / WEIGHTS}: holds NaN or infinity")
+    model.update(tree_unflatten(list(weights.items())))
+    mx.eval(model.parameters())
+    return model, tokenizer
+
+
+def load_tensors(
+    path: str | Path, expected: dict[str, tuple[int, ...]], dtypes=_FLOATS
+) -> dict[str, mx.array]:
+    """The tensors of a safetensors file that holds exactly the `expected` names and shapes."""
+    path = Path(path)
+    header = read_header(path)
+    for kind, names in (("missing", set(expected) - set(header)), ("unknown", set(header) - set(expected))):
+        if names:
+            shown = ", ".join(sorted(n[:60] for n in names)[:3])
+            raise InputError(f"{path}: {len(names)} tensors are {kind}, among them {shown}")
+    for name, (dtype, shape) in header.items():
+        if shape != tuple(expected[name]):
+            raise InputError(f"{path}: {name} has the shape {shape}, expected {tuple(expected[name])}")
+        if dtype not in dtypes:
+            raise InputError(f"{path}: {name} has the dtype {dtype}, expected one of {', '.join(dtypes)}")
+    try:
+        tensors = mx.load(str(path), format="safetensors")
+        mx.eval(tensors)
+    except (RuntimeError, ValueError, OSError) as e:
+        raise InputError(f"{path}: cannot be read ({' '.join(str(e).split())[:200]})") from e
+    return tensors
+
+
+def read_header(path: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """name -> (dtype, shape) of a safetensors file, whose data must follow without gap or overlap."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                raise InputError(f"{path}: not a safetensors file, or cut short")
+            raw = file.read(length)
+    except OSError as e:
+        raise InputError(f"{path}: cannot read the weights ({e.strerror or e})") from e
+    header = parse_json(raw, f"{path} (header)")
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: the header is no JSON object")
+    header.pop("__metadata__", None)
+    entries, spans = {}, []
+    for name, entry in header.items():
+        entries[name], span = _read_entry(path, name, entry)
+        spans.append(span)
+    end = 0
+    for first, last in sorted(spans):
+        if first != end:
+            raise InputError(f"{path}: the tensors' data overlap or leave gaps")
+        end = last
+    if end != size - 8 - length:
+        raise InputError(f"{path}: has {size - 8 - length} bytes of data, the header says {end}: cut short?")
+    return entries
+
+
+def _read_entry(path: Path, name: str, entry: object):
+    def natural(values, count=None):
+        return (
+            isinstance(values, list)
+            and (count is None or len(values) == count)
+            and all(type(v) is int and 0 <= v < 2**48 for v in values)
+        )
+
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (fields.get(k) for k in ("dtype", "shape", "data_offsets"))
+    if dtype not in DTYPES or not natural(shape) or len(shape) > 8 or not natural(offsets, 2):
+        raise InputError(f"{path}: the entry of {name[:60]} is not a tensor of a known kind")
+    count = 1
+    for n in shape:
+        count *= n
+    if offsets[1] - offsets[0] != count * DTYPES[dtype][1]:
+        raise InputError(f"{path}: the entry of {name[:60]} contradicts itself: {dtype} {shape} at {offsets}")
+    return (dtype, tuple(shape)), tuple(offsets)
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, bring it to the disk, then put it in place."""
+    # MLX adds the suffix where it is missing, so the temporary name keeps it.
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,173 @@
+"""The language model: pre-norm blocks of a mixer and SwiGLU between tied embeddings.
+
+x = x + mixer(norm(x))        HLAttention, or softmax attention as the baseline
+x = x + W_down(silu(W_gate norm(x)) ⊙ W_up norm(x))
+logits = norm(x) Eᵀ
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_hla.models.config import ModelConfig
+from mlx_hla.models.softmax import SoftmaxAttention
+from mlx_hla.nn import HLAttention
+
+# B batch, T time, V vocabulary
+
+
+def make_mixer(config: ModelConfig) -> nn.Module:
+    shared = {
+        "num_kv_heads": config.kv_heads,
+        "head_dim": config.key_dim,
+        "qk_norm": config.qk_norm,
+        "conv_size": config.conv_size,
+    }
+    if config.operator == "softmax":
+        rope = config.rope_theta or 10000.0
+        return SoftmaxAttention(config.dims, config.num_heads, rope=rope, **shared)
+    return HLAttention(
+        config.dims,
+        config.num_heads,
+        operator=config.operator,
+        decay=config.decay,
+        rope=config.rope_theta,
+        output_norm=config.output_norm,
+        output_gate=config.output_gate,
+        normalize=config.normalize,
+        **shared,
+    )
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dims: int, hidden_dims: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dims, hidden_dims, bias=False)
+        self.up_proj = nn.Linear(dims, hidden_dims, bias=False)
+        self.down_proj = nn.Linear(hidden_dims, dims, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.dims, eps=config.norm_eps)
+        self.mixer = make_mixer(config)
+        self.mlp_norm = nn.RMSNorm(config.dims, eps=config.norm_eps)
+        self.mlp = SwiGLU(config.dims, config.hidden_dims)
+
+    def __call__(self, x, mask=None, segment_ids=None, cache=None, dropout=0.0, keys=None):
+        y = self.mixer(self.mixer_norm(x), mask, segment_ids, cache)
+        x = x + (_dropout(y, dropout, keys[0]) if dropout else y)
+        y = self.mlp(self.mlp_norm(x))
+        return x + (_dropout(y, dropout, keys[1]) if dropout else y)
+
+
+def _dropout(x: mx.array, rate: float, key: mx.array) -> mx.array:
+    keep = mx.random.bernoulli(1 - rate, x.shape, key=key)
+    return mx.where(keep, x * (1 / (1 - rate)), 0).astype(x.dtype)
+
+
+class LanguageModel(nn.Module):
+    """Tokens to logits of the next token. Fresh weights depend on the config and `seed` alone."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dims)
+        self.layers = [Block(config) for _ in range(config.num_layers)]
+        self.norm = nn.RMSNorm(config.dims, eps=config.norm_eps)
+        init_weights(self, seed)
+
+    def __call__(
+        self,
+        tokens: mx.array,
+        cache: list | None = None,
+        mask: mx.array | None = None,
+        segment_ids: mx.array | None = None,
+        *,
+        dropout: float = 0.0,
+        key: mx.array | None = None,
+        checkpoint: bool = False,
+    ) -> mx.array:
+        """tokens [B, T] to logits [B, T, V].
+
+        cache: from `make_cache`, updated in place. mask, segment_ids: [B, T], as the mixer takes them.
+        For training: `dropout` after every mixer and MLP, drawn from `key` and from nothing else; with
+        `checkpoint` a block keeps its input only and is computed again in the backward pass.
+        """
+        return self.embedding.as_linear(
+            self.features(tokens, cache, mask, segment_ids, dropout=dropout, key=key, checkpoint=checkpoint)
+        )
+
+    def features(
+        self, tokens, cache=None, mask=None, segment_ids=None, *, dropout=0.0, key=None, checkpoint=False
+    ) -> mx.array:
+        """What the logits are a linear map of, [B, T, dims]."""
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            raise ValueError(f"[LanguageModel] tokens must be [B, T] with B, T >= 1, got {tokens.shape}")
+        if dropout and key is None:
+            raise ValueError("[LanguageModel] dropout needs a key")
+        x = self.embedding(tokens)
+        keys = [None] * len(self.layers)
+        if dropout:
+            # Drawn outside the blocks: a checkpointed block must see the same key when it is computed again.
+            keys = mx.random.split(key, 2 * len(self.layers)).reshape(len(self.layers), 2, -1)
+        for i, layer in enumerate(self.layers):
+            run = nn.utils.checkpoint(layer) if checkpoint else layer
+            x = run(x, mask, segment_ids, None if cache is None else cache[i], dropout, keys[i])
+        return self.norm(x)
+
+    def make_cache(self) -> list:
+        return [layer.mixer.make_cache() for layer in self.layers]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(a.size for _, a in tree_flatten(self.parameters()))
+
+
+# name -> how it starts; the first that matches counts. `fan_in` is a matrix's number of columns.
+Rule = Callable[[mx.array, mx.array, ModelConfig], mx.array]
+
+
+def _normal(scale: Callable[[mx.array, ModelConfig], float]) -> Rule:
+    return lambda old, key, config: scale(old, config) * mx.random.normal(old.shape, key=key)
+
+
+def _uniform(old: mx.array, key: mx.array, config: ModelConfig) -> mx.array:
+    bound = old.shape[-1] ** -0.5
+    return mx.random.uniform(-bound, bound, old.shape, key=key)
+
+
+INIT_TABLE: list[tuple[str, str, Rule]] = [
+    (r"embedding\.weight", "normal, 0.02", _normal(lambda w, c: 0.02)),
+    (
+        r".*\.(out_proj|down_proj)\.weight",  # these add to the residual stream, 2 per layer
+        "normal, 1/√(fan_in · 2 layers)",
+        _normal(lambda w, c: (w.shape[-1] * 2 * c.num_layers) ** -0.5),
+    ),
+    (r".*_proj\.weight", "normal, 1/√fan_in", _normal(lambda w, c: w.shape[-1] ** -0.5)),
+    (r".*\.conv\.weight", "uniform in ±1/√width", _uniform),
+    (r".*decay_gate\.(weight|bias)", "as the layer has it: 0, memories of 8 to 512", lambda w, k, c: w),
+    (r"(.*\.)?\w*norm\.weight", "1", lambda w, k, c: mx.ones(w.shape)),
+]
+
+
+def init_weights(model: LanguageModel, seed: int) -> None:
+    """Set every parameter by `INIT_TABLE`; a parameter that no row names is an error."""
+    named = sorted(tree_flatten(model.parameters()))
+    keys = mx.random.split(mx.random.key(seed), len(named))
+    fresh = []
+    for (name, old), key in zip(named, keys, strict=True):
+        rule = next((rule for pattern, _, rule in INIT_TABLE if re.fullmatch(pattern, name)), None)
+        if rule is None:
+            raise ValueError(f"[init_weights] no row of INIT_TABLE names {name}")
+        fresh.append((name, rule(old, key, model.config)))
+    model.update(tree_unflatten(fresh))
