@@ -1,0 +1,47 @@
+"""Ground truth in NumPy float64.
+
+The paper's algorithms as printed, dense definitions, serial recurrences and exact gradients.
+Nothing here imports MLX or shares code with the operators that it judges.
+"""
+
+from .dense import (
+    decay_matrix,
+    dense_ahla,
+    dense_hla,
+    dense_hla2,
+    dense_hla3,
+    dense_linear_attention,
+)
+from .serial import serial_ahla, serial_hla, serial_hla2, serial_hla3, serial_linear_attention
+from .states import (
+    AHLAState,
+    HLA2State,
+    HLA2UnmaskedState,
+    HLA3PaperState,
+    HLA3State,
+    HLA3UnmaskedState,
+    HLAState,
+    LinearState,
+)
+
+__all__ = [
+    "AHLAState",
+    "HLA2State",
+    "HLA2UnmaskedState",
+    "HLA3PaperState",
+    "HLA3State",
+    "HLA3UnmaskedState",
+    "HLAState",
+    "LinearState",
+    "decay_matrix",
+    "dense_ahla",
+    "dense_hla",
+    "dense_hla2",
+    "dense_hla3",
+    "dense_linear_attention",
+    "serial_ahla",
+    "serial_hla",
+    "serial_hla2",
+    "serial_hla3",
+    "serial_linear_attention",
+]
