@@ -226,7 +226,7 @@ def serial_hla(
     pairs, odd = divmod(order, 2)
     S = run.state("S", None, per_query=False)
     P = run.state("P", "m", per_query=False) if odd else None
-    Fs = [run.state("Fs", "etas", index=i) for i in range(pairs)]
+    Fs = [run.state("F", "eta", index=i) for i in range(pairs)]
     for t, q_t, k_t, v_t, g in run.tokens():
         S = g * S + _outer(k_t, k_t)
         kt_t = q_t @ S
@@ -268,11 +268,7 @@ class _Run:
         shape = (self.B, H, self.D, self.V if vector else self.D)
         initial = self.initial
         if index is not None and initial is not None:
-            fields = {
-                name: getattr(initial, name) and getattr(initial, name)[index] for name in (matrix, vector)
-            }
-            initial = HLA2State(None, fields[matrix], fields[vector])
-            matrix, vector = "F", "eta"
+            initial = HLA2State(None, initial.F[index], initial.eta[index] if initial.eta else None)
         x = carried(initial, matrix, vector, shape, self.normalize)
         return x.reshape(self.B, self.Hkv, self.G, *shape[2:]) if per_query else x
 

@@ -80,10 +80,11 @@ class HLA3PaperState(NamedTuple):
 
 
 class HLAState(NamedTuple):
-    """Order n ≥ 4: S [B, Hkv, D, D]; one F [B, Hq, D, V] per pair, innermost first; P when n is odd."""
+    """Order n ≥ 4: S [B, Hkv, D, D]; F a tuple of n // 2 [B, Hq, D, V], innermost first; P, m when n is odd;
+    η a tuple beside F."""
 
     S: Array
-    Fs: tuple[Array, ...]
+    F: tuple[Array, ...]
     P: Array | None = None
     m: Array | None = None
-    etas: tuple[Array, ...] | None = None
+    eta: tuple[Array, ...] | None = None
