@@ -13,10 +13,12 @@ s = 1/√D and nothing bounds the output.
 
 Range. The worst input under "rms" is T equal tokens with g = 1 and q along k, where |s q·k| = √D. At
 T = 131,072 and D = 64 that gives |o| = √D T |v| = 1e6 |v| for the first order, D T²/2 |v| = 5.5e11 |v| for
-HLA2 and AHLA, D^1.5 T³/3 |v| = 3.8e17 |v| for HLA3: far above float16's 65,504. So a float16 layer hands the
-operator float32 and narrows only after the output norm. bfloat16 has float32's range; the sum of 64 squares
-inside the output norm fits up to |v| = 4e6 for HLA2 and |v| = 6 for HLA3. Without the output norm a float16
-layer narrows the operator's output as it is.
+HLA2 and AHLA, D^1.5 T³/3 |v| = 3.8e17 |v| for HLA3: far above float16's 65,504. So in a float16 layer only
+the projections are float16, and everything between them is float32; bfloat16 has the range of float32. That
+is short too: the output norm's gradient holds rms(o)^-3, which is lost above rms(o) = 4e12. The norm takes out
+any factor on o, so the operator's scale holds 2^-8 per q·k (exact; the norm's epsilon shrinks with it), which
+moves the worst case to 8e6 |v| for HLA2 and 2e10 |v| for HLA3, and o of order 1 to 2e-5 and 6e-8. Without the
+output norm, o is as large as it is.
 """
 
 # B batch, T time, Hq query heads, Hkv key-value heads, D key dim, Dv value dim, C convolution channels
@@ -102,8 +104,14 @@ class HLAttention(nn.Module):
         self.decay, self.qk_norm, self.normalize, self.backend = decay, qk_norm, bool(normalize), backend
         self.output_gate = "silu" if output_gate is True else output_gate or None
         self.rope = _rope_base(rope, head_dim)
-        self.scale = 1 / head_dim if qk_norm == "l2" else head_dim**-0.5
         self._operator = find_operator(operator)
+        self.scale = 1 / head_dim if qk_norm == "l2" else head_dim**-0.5
+        self._out_eps = _OUT_EPS
+        if output_norm and not normalize:  # a ratio is in range by itself
+            order = self._operator.order
+            shrink = 2.0 ** -min(8, 32 // order)
+            self.scale *= shrink
+            self._out_eps *= shrink ** (2 * order)
         self._init_parameters(conv_size or 0, output_norm, bias)
 
     def _init_parameters(self, conv_size, output_norm, bias):
@@ -127,7 +135,7 @@ class HLAttention(nn.Module):
             self.q_norm = nn.RMSNorm(self.head_dim, eps=_QK_EPS)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=_QK_EPS)
         if output_norm:
-            self.out_norm = nn.RMSNorm(self.value_dim, eps=_OUT_EPS)
+            self.out_norm = nn.RMSNorm(self.value_dim, eps=self._out_eps)
         if self.decay == "gate":
             self.decay_gate = DecayGate(self.dims, self.num_kv_heads)
         elif self.decay == "fixed":
@@ -169,19 +177,22 @@ class HLAttention(nn.Module):
             x, lengths, mask = packed.pack(x), packed.lengths, packed.packed_mask
             segment_ids = None if segment_ids is None else packed.pack(segment_ids)
 
-        q, k, v = self._project(x, lengths, segment_ids, cache)
+        qkv = self.qkv_proj(x)
+        dtype = qkv.dtype
+        if dtype == mx.float16:
+            qkv = qkv.astype(mx.float32)
+        q, k, v = self._prepare(qkv, lengths, segment_ids, cache)
         o = self._attend(q, k, v, self._decay_of(x), mask, segment_ids, cache)
         if "out_norm" in self:
             o = self.out_norm(o)
-        o = o.astype(v.dtype).flatten(-2)
+        o = o.flatten(-2).astype(dtype)
         if self.output_gate:
             o = o * _ACTIVATIONS[self.output_gate](self.gate_proj(x))
         y = self.out_proj(o)
         return y if packed is None else packed.unpack(y)
 
-    def _project(self, x, lengths, segment_ids, cache):
+    def _prepare(self, qkv, lengths, segment_ids, cache):
         """q [B, T, Hq, D], k [B, T, Hkv, D], v [B, T, Hkv, Dv], convolved, normalised and rotated."""
-        qkv = self.qkv_proj(x)
         if "conv" in self:
             carried = None if cache is None else cache.conv
             qkv, tail = self.conv(qkv, carried, lengths=lengths, segment_ids=segment_ids)
@@ -200,7 +211,7 @@ class HLAttention(nn.Module):
             q, k = mx.fast.rms_norm(q, None, _QK_EPS), mx.fast.rms_norm(k, None, _QK_EPS)
         if self.rope is not None:
             q, k = self._rotate(q, k, lengths, cache)
-        return q, k, v
+        return q.astype(v.dtype), k.astype(v.dtype), v  # norm gains may be of a wider type
 
     def _rotate(self, q, k, lengths, cache):
         """Positions count the real tokens of the whole stream.
@@ -227,8 +238,6 @@ class HLAttention(nn.Module):
     def _attend(self, q, k, v, decay, mask, segment_ids, cache):
         """The operator, from the cache's memory and into it. Returns o [B, T, Hq, Dv]."""
         op = self._operator
-        if q.dtype == mx.float16:  # o would have q's dtype, and its range (see the module's docstring)
-            q, k, v = (a.astype(mx.float32) for a in (q, k, v))
         memory = None if cache is None else op.restore(cache.memory)
         options = {"scale": self.scale, "normalize": self.normalize, "backend": self.backend}
         # A segment border needs two tokens of one call, so one token has none.

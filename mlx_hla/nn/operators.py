@@ -10,6 +10,7 @@ from mlx_hla.ops.order import MAX_ORDER
 
 class Operator(NamedTuple):
     name: str | int
+    order: int
     forward: Callable
     step: Callable
     state: type
@@ -22,10 +23,10 @@ class Operator(NamedTuple):
 
 
 _NAMED = {
-    "first": Operator("first", ops.linear_attention, ops.linear_attention_step, ops.LinearState),
-    "hla2": Operator("hla2", ops.hla2, ops.hla2_step, ops.HLA2State),
-    "ahla": Operator("ahla", ops.ahla, ops.ahla_step, ops.AHLAState),
-    "hla3": Operator("hla3", ops.hla3, ops.hla3_step, ops.HLA3State),
+    "first": Operator("first", 1, ops.linear_attention, ops.linear_attention_step, ops.LinearState),
+    "hla2": Operator("hla2", 2, ops.hla2, ops.hla2_step, ops.HLA2State),
+    "ahla": Operator("ahla", 2, ops.ahla, ops.ahla_step, ops.AHLAState),
+    "hla3": Operator("hla3", 3, ops.hla3, ops.hla3_step, ops.HLA3State),
 }
 _OF_ORDER = {1: "first", 2: "hla2", 3: "hla3"}
 
@@ -42,4 +43,4 @@ def find_operator(operator: str | int) -> Operator:
     if operator in _OF_ORDER:
         return _NAMED[_OF_ORDER[operator]]
     forward, step = (partial(f, order=operator) for f in (ops.hla, ops.hla_step))
-    return Operator(operator, forward, step, ops.HLAState)
+    return Operator(operator, operator, forward, step, ops.HLAState)
