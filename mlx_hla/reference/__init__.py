@@ -12,6 +12,16 @@ from .dense import (
     dense_hla3,
     dense_linear_attention,
 )
+from .gradients import (
+    la_forward,
+    la_vjp,
+    numerical_gradient,
+    vjp_ahla,
+    vjp_hla,
+    vjp_hla2,
+    vjp_hla3,
+    vjp_linear_attention,
+)
 from .serial import serial_ahla, serial_hla, serial_hla2, serial_hla3, serial_linear_attention
 from .states import (
     AHLAState,
@@ -39,9 +49,17 @@ __all__ = [
     "dense_hla2",
     "dense_hla3",
     "dense_linear_attention",
+    "la_forward",
+    "la_vjp",
+    "numerical_gradient",
     "serial_ahla",
     "serial_hla",
     "serial_hla2",
     "serial_hla3",
     "serial_linear_attention",
+    "vjp_ahla",
+    "vjp_hla",
+    "vjp_hla2",
+    "vjp_hla3",
+    "vjp_linear_attention",
 ]
