@@ -14,14 +14,16 @@ s = 1/√D and nothing bounds the output.
 Range. The worst input under "rms" is T equal tokens with g = 1 and q along k, where |s q·k| = √D. At
 T = 131,072 and D = 64 that gives |o| = √D T |v| = 1e6 |v| for the first order, D T²/2 |v| = 5.5e11 |v| for
 HLA2 and AHLA, D^1.5 T³/3 |v| = 3.8e17 |v| for HLA3: far above float16's 65,504. So in a float16 layer only
-the projections are float16, and everything between them is float32; bfloat16 has the range of float32. That
-is short too: the output norm's gradient holds rms(o)^-3, which is lost above rms(o) = 4e12. The norm takes out
-any factor on o, so the operator's scale holds 2^-8 per q·k (exact; the norm's epsilon shrinks with it), which
-moves the worst case to 8e6 |v| for HLA2 and 2e10 |v| for HLA3, and o of order 1 to 2e-5 and 6e-8. Without the
-output norm, o is as large as it is.
+the projections are float16, and everything between them is float32. bfloat16 has the range of float32, and
+that is short too: the output norm's gradient holds rms(o)^-3, which is lost above rms(o) = 4e12. The norm
+takes out any factor on o, so the operator's scale holds 2^-8 per q·k (exact; the norm's epsilon shrinks with
+it), which moves the worst case to 8e6 |v| for HLA2 and 2e10 |v| for HLA3, and o of order 1 to 2e-5 and 6e-8.
+Without the output norm, o is as large as it is.
 """
 
 # B batch, T time, Hq query heads, Hkv key-value heads, D key dim, Dv value dim, C convolution channels
+
+import copy
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -98,6 +100,10 @@ class HLAttention(nn.Module):
         _check_choice("qk_norm", qk_norm, ("rms", "l2", None))
         _check_choice("output_gate", output_gate, (False, True, "silu", "sigmoid"))
         _check_choice("backend", backend, (None, "mlx", "metal"))
+        if conv_size and (not isinstance(conv_size, int) or conv_size < 2):
+            raise ValueError(
+                f"[HLAttention] conv_size must be None, 0 or an integer of at least 2, got {conv_size!r}"
+            )
 
         self.dims, self.num_heads, self.num_kv_heads = dims, num_heads, num_kv_heads
         self.head_dim, self.value_dim = head_dim, value_dim
@@ -170,34 +176,35 @@ class HLAttention(nn.Module):
         token to the next. The first real token of a call continues the cache.
         cache: read, and updated in place, so that the next call continues this one.
         """
-        _check_inputs(x, self.dims, mask, segment_ids)
+        _check_inputs(x, self.dims, mask, segment_ids, cache)
         lengths, packed = None, None
         if mask is not None:
             packed = packing(mask)
             x, lengths, mask = packed.pack(x), packed.lengths, packed.packed_mask
             segment_ids = None if segment_ids is None else packed.pack(segment_ids)
 
+        # The cache changes only when all of the call has gone well.
+        carried = HLACache() if cache is None else copy.copy(cache)
         qkv = self.qkv_proj(x)
         dtype = qkv.dtype
         if dtype == mx.float16:
             qkv = qkv.astype(mx.float32)
-        q, k, v = self._prepare(qkv, lengths, segment_ids, cache)
-        o = self._attend(q, k, v, self._decay_of(x), mask, segment_ids, cache)
+        q, k, v = self._prepare(qkv, lengths, segment_ids, carried)
+        o = self._attend(q, k, v, self._decay_of(x), mask, segment_ids, carried)
         if "out_norm" in self:
             o = self.out_norm(o)
         o = o.flatten(-2).astype(dtype)
         if self.output_gate:
             o = o * _ACTIVATIONS[self.output_gate](self.gate_proj(x))
         y = self.out_proj(o)
+        if cache is not None:
+            cache.state = carried.state
         return y if packed is None else packed.unpack(y)
 
-    def _prepare(self, qkv, lengths, segment_ids, cache):
+    def _prepare(self, qkv, lengths, segment_ids, carried):
         """q [B, T, Hq, D], k [B, T, Hkv, D], v [B, T, Hkv, Dv], convolved, normalised and rotated."""
         if "conv" in self:
-            carried = None if cache is None else cache.conv
-            qkv, tail = self.conv(qkv, carried, lengths=lengths, segment_ids=segment_ids)
-            if cache is not None:
-                cache.conv = tail
+            qkv, carried.conv = self.conv(qkv, carried.conv, lengths=lengths, segment_ids=segment_ids)
         q_end = self.num_heads * self.head_dim
         k_end = q_end + self.num_kv_heads * self.head_dim
         q, k, v = mx.split(qkv, [q_end, k_end], axis=-1)
@@ -210,18 +217,17 @@ class HLAttention(nn.Module):
             # √D times the unit vectors; the two √D are in the scale 1/D.
             q, k = mx.fast.rms_norm(q, None, _QK_EPS), mx.fast.rms_norm(k, None, _QK_EPS)
         if self.rope is not None:
-            q, k = self._rotate(q, k, lengths, cache)
+            q, k = self._rotate(q, k, lengths, carried)
         return q.astype(v.dtype), k.astype(v.dtype), v  # norm gains may be of a wider type
 
-    def _rotate(self, q, k, lengths, cache):
+    def _rotate(self, q, k, lengths, carried):
         """Positions count the real tokens of the whole stream.
 
         They do not start again at a segment: the operators see differences of positions only.
         """
         B, T = q.shape[:2]
-        offset = mx.zeros((B,), mx.int32) if cache is None or cache.offset is None else cache.offset
-        if cache is not None:
-            cache.offset = offset + (T if lengths is None else lengths)
+        offset = mx.zeros((B,), mx.int32) if carried.offset is None else carried.offset
+        carried.offset = offset + (T if lengths is None else lengths)
 
         def rotate(a):
             a = a.transpose(0, 2, 1, 3)
@@ -235,23 +241,17 @@ class HLAttention(nn.Module):
             return self.decay_gate(x)
         return self._fixed_decay if self.decay == "fixed" else None
 
-    def _attend(self, q, k, v, decay, mask, segment_ids, cache):
-        """The operator, from the cache's memory and into it. Returns o [B, T, Hq, Dv]."""
-        op = self._operator
-        memory = None if cache is None else op.restore(cache.memory)
+    def _attend(self, q, k, v, decay, mask, segment_ids, carried):
+        """The operator, from the carried memory and into it. Returns o [B, T, Hq, Dv]."""
+        memory = self._operator.restore(carried.memory)
         options = {"scale": self.scale, "normalize": self.normalize, "backend": self.backend}
-        # A segment border needs two tokens of one call, so one token has none.
+        # A segment border takes two tokens of one call, so a single token has none.
         if q.shape[1] == 1 and mask is None:
-            if self.decay == "gate":
-                decay = decay[:, 0]
-            o, memory = op.step(q[:, 0], k[:, 0], v[:, 0], memory, decay=decay, **options)
-            o = o[:, None]
-        else:
-            o, memory = op.forward(
-                q, k, v, decay=decay, mask=mask, segment_ids=segment_ids, initial_state=memory, **options
-            )
-        if cache is not None:
-            cache.memory = memory
+            decay = decay[:, 0] if self.decay == "gate" else decay
+            o, carried.memory = self._operator.step(q[:, 0], k[:, 0], v[:, 0], memory, decay=decay, **options)
+            return o[:, None]
+        options |= {"mask": mask, "segment_ids": segment_ids, "initial_state": memory}
+        o, carried.memory = self._operator.forward(q, k, v, decay=decay, **options)
         return o
 
 
@@ -288,17 +288,23 @@ def _check_choice(name, value, choices):
         )
 
 
-def _check_inputs(x, dims, mask, segment_ids):
+def _check_inputs(x, dims, mask, segment_ids, cache):
+    if not isinstance(x, mx.array):
+        raise ValueError(f"[HLAttention] x must be an mlx array, got {type(x).__name__}")
     if x.ndim != 3 or x.shape[2] != dims or 0 in x.shape:
         raise ValueError(f"[HLAttention] x must be [B, T, {dims}] with B, T >= 1, got {x.shape}")
     if not mx.issubdtype(x.dtype, mx.floating):
         raise ValueError(f"[HLAttention] x must be floating point, got {x.dtype}")
-    if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != mx.bool_):
-        raise ValueError(f"[HLAttention] mask must be bool {x.shape[:2]}, got {mask.dtype} {mask.shape}")
-    if segment_ids is not None and (
-        segment_ids.shape != x.shape[:2] or not mx.issubdtype(segment_ids.dtype, mx.integer)
-    ):
-        raise ValueError(
-            f"[HLAttention] segment_ids must be integers {x.shape[:2]}, "
-            f"got {segment_ids.dtype} {segment_ids.shape}"
-        )
+    _check_tokens("mask", "bool", mask, x.shape[:2], mx.bool_)
+    _check_tokens("segment_ids", "integers", segment_ids, x.shape[:2], mx.integer)
+    if cache is not None and not isinstance(cache, HLACache):
+        raise ValueError(f"[HLAttention] cache must be an HLACache, got {type(cache).__name__}")
+
+
+def _check_tokens(name, what, array, shape, kind):
+    if array is None:
+        return
+    is_array = isinstance(array, mx.array)
+    if not is_array or array.shape != shape or not mx.issubdtype(array.dtype, kind):
+        got = f"{array.dtype} {array.shape}" if is_array else repr(array)
+        raise ValueError(f"[HLAttention] {name} must be {what} {shape}, got {got}")

@@ -1,0 +1,114 @@
+"""The attention layer once more, in NumPy float64 and token by token: what its tests compare with."""
+
+import numpy as np
+from mlx.utils import tree_flatten
+
+
+def assert_close(name, got, want, tol):
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
+    error = np.abs(got - want)
+    scale = max(1.0, float(np.abs(want).max(initial=0.0)))
+    assert error.max(initial=0.0) <= tol * scale, (
+        f"{name}: max error {error.max():.3g}, mean {error.mean():.3g}, scale {scale:.3g}, tol {tol:.1g}"
+    )
+
+
+def _silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def _rms(x, weight, eps):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+
+
+def _rotate(x, base):
+    """x [T, H, D] by its position: halves are the two coordinates of each plane."""
+    T, _, D = x.shape
+    angle = np.arange(T)[:, None] * base ** (-np.arange(0, D, 2) / D)
+    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+    a, b = x[..., : D // 2], x[..., D // 2 :]
+    return np.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def _operate(operator, q, k, v, g):
+    """One head: q, k [T, D] with the scale in q, v [T, Dv], g [T]. The recurrences of the paper."""
+    (T, D), Dv = q.shape, v.shape[1]
+    S, P = np.zeros((D, D)), np.zeros((D, Dv))
+    F, E, out = np.zeros((D, Dv)), np.zeros((D, Dv)), np.zeros((T, Dv))
+    quartic = np.zeros((D, Dv))
+    for t in range(T):
+        S = g[t] * S + np.outer(k[t], k[t])
+        P = g[t] * P + np.outer(k[t], v[t])
+        pair = S @ q[t]
+        if operator == "first":
+            out[t] = P.T @ q[t]
+        elif operator == "ahla":
+            E = g[t] * E + np.outer(k[t], P.T @ q[t])
+            out[t] = E.T @ q[t]
+        elif operator == "hla2":
+            F = g[t] ** 2 * F + np.outer(pair, v[t])
+            out[t] = F.T @ q[t]
+        elif operator == "hla3":
+            F = g[t] ** 3 * F + np.outer(pair, P.T @ q[t])
+            out[t] = F.T @ q[t]
+        elif operator == 4:
+            F = g[t] ** 2 * F + np.outer(pair, v[t])
+            quartic = g[t] ** 4 * quartic + np.outer(pair, F.T @ q[t])
+            out[t] = quartic.T @ q[t]
+    return out
+
+
+def parameters(attention):
+    """The layer's parameters by name, float64."""
+    return {name: np.asarray(p.tolist(), np.float64) for name, p in tree_flatten(attention.parameters())}
+
+
+def layer(attention, x, weights=None):
+    """`attention(x)` for x [T, dims] in float64, with its own parameters or other ones."""
+    a, T = attention, len(x)
+    w = parameters(a) if weights is None else weights
+    x = np.asarray(x, np.float64)
+
+    def project(name, z):
+        return z @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
+
+    Hq, Hkv, D, Dv = a.num_heads, a.num_kv_heads, a.head_dim, a.value_dim
+    qkv = project("qkv_proj", x)
+    if "conv" in a:
+        taps = w["conv.weight"].T
+        padded = np.concatenate([np.zeros((len(taps) - 1, qkv.shape[1])), qkv])
+        qkv = _silu(sum(padded[i : i + T] * tap for i, tap in enumerate(taps)))
+    q = qkv[:, : Hq * D].reshape(T, Hq, D)
+    k = qkv[:, Hq * D : (Hq + Hkv) * D].reshape(T, Hkv, D)
+    v = qkv[:, (Hq + Hkv) * D :].reshape(T, Hkv, Dv)
+    scale = D**-0.5
+    if a.qk_norm == "rms":
+        q, k = _rms(q, w["q_norm.weight"], 1e-6), _rms(k, w["k_norm.weight"], 1e-6)
+    elif a.qk_norm == "l2":
+        q, k = (z / np.sqrt((z * z).sum(-1, keepdims=True) + D * 1e-6) for z in (q, k))
+        scale = 1.0
+    if a.rope is not None:
+        q, k = _rotate(q, a.rope), _rotate(k, a.rope)
+    if a.decay == "gate":
+        z = x @ w["decay_gate.weight"].T + w["decay_gate.bias"]
+        g = np.exp(-np.log1p(np.exp(z)))
+    elif a.decay == "fixed":
+        # Memories of 8 to 512 tokens, even in log: g = exp(-1 / memory).
+        memory = np.geomspace(8, 512, Hkv) if Hkv > 1 else np.array([64.0])
+        g = np.broadcast_to(np.exp(-1 / memory), (T, Hkv))
+    else:
+        g = np.ones((T, Hkv))
+    o = np.zeros((T, Hq, Dv))
+    for h in range(Hq):
+        j = h * Hkv // Hq
+        o[:, h] = _operate(a.operator, scale * q[:, h], k[:, j], v[:, j], g[:, j])
+        if a.normalize:
+            o[:, h] /= _operate(a.operator, scale * q[:, h], k[:, j], np.ones((T, 1)), g[:, j]) + 1e-6
+    if "out_norm" in a:
+        o = _rms(o, w["out_norm.weight"], 1e-5)
+    o = o.reshape(T, Hq * Dv)
+    if a.output_gate:
+        z = project("gate_proj", x)
+        o = o * (_silu(z) if a.output_gate == "silu" else 1 / (1 + np.exp(-z)))
+    return project("out_proj", o)
