@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 BUFFER_STEP = 256
 
@@ -66,25 +66,23 @@ def arrays(tree) -> list[mx.array]:
     return [a for _, a in tree_flatten(tree) if isinstance(a, mx.array)]
 
 
+def fill(tree, leaves):
+    """The tree with its arrays replaced, in order, by `leaves`; named tuples become plain ones."""
+    leaves = iter(leaves)
+
+    def walk(node):
+        if isinstance(node, mx.array):
+            return next(leaves)
+        if isinstance(node, list | tuple):
+            return list(map(walk, node)) if isinstance(node, list) else tuple(map(walk, node))
+        return node
+
+    return walk(tree)
+
+
 def cache_bytes(cache: list) -> int:
     return sum(c.nbytes for c in cache)
 
 
 def eval_cache(cache: list) -> None:
     mx.eval([arrays(c.state) for c in cache])
-
-
-def stack_caches(caches: list[list]) -> list:
-    """One cache for a batch from the caches of its rows; only states of constant size can be stacked."""
-
-    def stack(*rows):
-        return mx.concatenate(rows) if isinstance(rows[0], mx.array) else rows[0]
-
-    result = []
-    for layer in zip(*caches, strict=True):
-        if isinstance(layer[0], KVCache):
-            raise ValueError("[stack_caches] key-value caches of different lengths do not stack")
-        cache = type(layer[0])()
-        cache.state = tree_map(stack, *(c.state for c in layer))
-        result.append(cache)
-    return result

@@ -28,6 +28,11 @@ LIMITS = {
 MAX_PARAMETERS = 10**10
 
 
+def option(default, help: str):
+    """A field of a dataclass that is also a flag of the command line."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder of pre-norm blocks, mixer and SwiGLU, with tied embeddings.
@@ -36,23 +41,23 @@ class ModelConfig:
     operator "softmax" the mixer is attention with rotary positions, `rope_theta` 10000 unless given.
     """
 
-    vocab_size: int = 4096
-    dims: int = 256
-    num_layers: int = 6
-    num_heads: int = 4
-    num_kv_heads: int | None = None  # None: as many as num_heads
-    head_dim: int | None = None  # None: dims / num_heads
-    hidden_dims: int = 688
-    operator: str | int = "hla2"  # one of OPERATORS, or an order
-    conv_size: int = 4  # width of the short convolution on q, k, v; 0 leaves it out
-    rope_theta: float | None = None
-    decay: str | None = "gate"  # "gate", "fixed" or None
-    qk_norm: str | None = "rms"  # "rms", "l2" or None
-    output_norm: bool = True
-    output_gate: bool = False
-    normalize: bool = False
-    norm_eps: float = 1e-5
-    context: int = 1024  # tokens per training sequence; nothing stops at it but softmax's quality
+    vocab_size: int = option(4096, "tokens of the vocabulary")
+    dims: int = option(256, "width of the residual stream")
+    num_layers: int = option(6, "blocks")
+    num_heads: int = option(4, "query heads")
+    num_kv_heads: int | None = option(None, "key-value heads; none: as many as query heads")
+    head_dim: int | None = option(None, "width of a head; none: dims / num_heads")
+    hidden_dims: int = option(688, "width inside SwiGLU")
+    operator: str | int = option("hla2", f"{', '.join(OPERATORS)}, or an order from 1")
+    conv_size: int = option(4, "width of the short convolution on q, k and v; 0: none")
+    rope_theta: float | None = option(None, "base of rotary positions; none: without (softmax: 10000)")
+    decay: str | None = option("gate", "gate (learned, per token and head), fixed (per head) or none")
+    qk_norm: str | None = option("rms", "normalisation of q and k: rms, l2 or none")
+    output_norm: bool = option(True, "normalise each head's output")
+    output_gate: bool = option(False, "multiply the output by a projection of the input")
+    normalize: bool = option(False, "divide by the operator's normaliser")
+    norm_eps: float = option(1e-5, "epsilon of the blocks' norms")
+    context: int = option(1024, "tokens in a training sequence")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

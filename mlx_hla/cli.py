@@ -1,0 +1,337 @@
+"""The command line: `mlx-hla generate | train | eval | info`.
+
+Flags are the fields of the dataclasses that they fill. What a user got wrong is told in one line on stderr,
+with a non-zero exit status: 1, or 2 for flags that do not parse; 130 after Ctrl-C. MLX_HLA_DEBUG=1 shows the
+traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from mlx_hla import __version__
+from mlx_hla.errors import InputError
+
+
+class Command(NamedTuple):
+    """A subcommand. Another one is another row of COMMANDS."""
+
+    about: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]  # returns the exit status
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        sys.stderr.write(f"mlx-hla: error: {' '.join(message.split())} (try {self.prog} --help)\n")
+        sys.exit(2)
+
+
+# --- flags from dataclasses
+
+
+def _number_or_text(text: str) -> int | str:
+    return int(text) if text.isascii() and text.isdigit() else text
+
+
+_PARSERS = {"int": int, "float": float, "str": str, "str | int": _number_or_text}
+
+
+def _optional(parse: Callable) -> Callable:
+    def parser(text: str):
+        return None if text.lower() == "none" else parse(text)
+
+    parser.__name__ = parse.__name__  # argparse names it in its errors
+    return parser
+
+
+def add_fields(parser, cls: type, defaults: object | None = None, skip: tuple[str, ...] = ()) -> None:
+    """Add a flag per field of a dataclass. Only the flags that are given end up in the namespace."""
+    defaults = cls() if defaults is None else defaults
+    for field in dataclasses.fields(cls):
+        if field.name in skip:
+            continue
+        shown = str(getattr(defaults, field.name)).lower()
+        options = {"default": argparse.SUPPRESS, "help": f"{field.metadata['help']} (default: {shown})"}
+        if field.type == "bool":
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            parse = _PARSERS[field.type.removesuffix(" | None")]
+            options["type"] = _optional(parse) if field.type.endswith("None") else parse
+            options["metavar"] = "NAME" if parse is _number_or_text else parse.__name__.upper()
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+def given(args: argparse.Namespace, cls: type) -> dict:
+    """The fields of the dataclass that flags were given for."""
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(cls) if hasattr(args, f.name)}
+
+
+# --- generate
+
+
+def _generate_arguments(parser):
+    from mlx_hla.sampling import Sampling
+
+    add = parser.add_argument
+    add("--prompt", help="text to continue; -, or no --prompt: read it from stdin")
+    add("--model", help="folder of a model; by default the one that ships with the package")
+    add("--max-tokens", type=int, default=256, help="tokens at most")
+    add("--stop", action="append", default=[], help=r"stop before this text (\n and \t count); repeatable")
+    add("--json", action="store_true", help="print one JSON object instead of the stream")
+    add("--quiet", action="store_true", help="print the text only")
+    add_fields(parser, Sampling)
+
+
+def _generate(args) -> int:
+    from mlx_hla.generate import stream_generate
+    from mlx_hla.models import load
+    from mlx_hla.sampling import Sampling
+
+    sampling = Sampling(**given(args, Sampling))
+    prompt = _read_prompt(args.prompt)
+    model, tokenizer = load(args.model)
+    stops = [s.replace("\\n", "\n").replace("\\t", "\t") for s in args.stop]
+    chunks = stream_generate(
+        model, tokenizer, prompt, max_tokens=args.max_tokens, sampling=sampling, stop=stops
+    )
+    text = []
+    show = not args.json
+    for i, chunk in enumerate(chunks):
+        if show:
+            sys.stdout.write(prompt * (i == 0) + chunk.text)
+            sys.stdout.flush()
+        text.append(chunk.text)
+    if args.json:
+        numbers = {k: v for k, v in vars(chunk).items() if k not in ("text", "token")}
+        print(json.dumps({"prompt": prompt, "completion": "".join(text), **numbers}))
+        return 0
+    print()
+    if not args.quiet:
+        print("=" * 10)
+        print(f"Prompt: {chunk.prompt_tokens} tokens, {chunk.prompt_tps:.3f} tokens-per-sec")
+        print(f"Generation: {chunk.generation_tokens} tokens, {chunk.generation_tps:.3f} tokens-per-sec")
+        print(f"Peak memory: {chunk.peak_memory:.3f} GB")
+    return 0
+
+
+def _read_prompt(prompt: str | None) -> str:
+    if prompt is None and sys.stdin.isatty():
+        raise InputError("no prompt: give --prompt TEXT, or text on stdin")
+    if prompt is None or prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as e:
+            raise InputError(f"the prompt on stdin is no UTF-8 (byte {e.start})") from None
+    if not prompt:
+        raise InputError("the prompt has no tokens: give some text to continue")
+    return prompt
+
+
+# --- train
+
+
+def _train_arguments(parser):
+    from mlx_hla.models import ModelConfig
+    from mlx_hla.train import PRESETS, TrainConfig
+
+    presets = "; ".join(f"{name}: {p.about}" for name, p in PRESETS.items())
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="small", help=f"{presets}. Defaults below are those of small"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, as it was set up")
+    add_fields(parser.add_argument_group("training"), TrainConfig)
+    add_fields(parser.add_argument_group("model"), ModelConfig)
+
+
+def _train(args) -> int:
+    from mlx_hla.models import ModelConfig
+    from mlx_hla.train import PRESETS, TrainConfig, preset, resume, train
+
+    model, settings = given(args, ModelConfig), given(args, TrainConfig)
+    if args.resume:
+        extra = sorted({*model, *settings} - {"out"})
+        if extra:
+            flags = ", ".join("--" + n.replace("_", "-") for n in extra)
+            raise InputError(f"a resumed run keeps its settings: leave out {flags}")
+        result = resume(settings.get("out", PRESETS[args.preset].train.out))
+    else:
+        result = train(*preset(args.preset, model, settings))
+    return 0 if result.finished else 130
+
+
+# --- eval
+
+
+def _eval_arguments(parser):
+    from mlx_hla.sampling import Sampling
+
+    add = parser.add_argument
+    add("--model", help="folder of a model; by default the one that ships with the package")
+    add("--data", help="folder or file of text; by default the Python standard library")
+    add("--valid-fraction", type=float, default=0.05, help="share of the files that validate, as in training")
+    add("--batch-size", type=int, default=8, help="windows at a time")
+    add("--valid-batches", type=int, default=0, help="batches at most; 0: all of the validation text")
+    add("--samples", type=int, default=0, help="functions to complete and to parse as Python; 0: none")
+    add("--max-tokens", type=int, default=256, help="tokens of a completion at most")
+    add("--show", type=int, default=0, help="print this many of the samples")
+    add("--json", action="store_true", help="print one JSON object")
+    add_fields(parser, Sampling, Sampling(seed=0))
+
+
+def _eval(args) -> int:
+    from mlx_hla import data, evaluate
+    from mlx_hla.devices import compute_dtype
+    from mlx_hla.models import load
+    from mlx_hla.sampling import Sampling
+
+    for name, least in {"batch_size": 1, "valid_batches": 0, "samples": 0, "max_tokens": 1}.items():
+        if getattr(args, name) < least:
+            raise InputError(f"{name} must be at least {least}, got {getattr(args, name)}")
+    sampling = Sampling(**{"seed": 0, **given(args, Sampling)})
+    model, tokenizer = load(args.model)
+    corpus = data.load_corpus(args.data, args.valid_fraction)
+    scorer = evaluate.Scorer(
+        model,
+        data.encode_texts(tokenizer, corpus.valid),
+        data.bytes_per_token(tokenizer),
+        batch_size=args.batch_size,
+        context=model.config.context,
+        dtype=compute_dtype(),
+        max_batches=args.valid_batches,
+    )
+    params = model.parameters()
+    result = {
+        "corpus": corpus.describe(),
+        "valid_bytes": scorer.bytes,
+        "nats_per_byte": scorer(params),
+    }
+    model.update(params)  # the scorer leaves its casts of them in the model
+    samples = []
+    if args.samples:
+        share, count, samples = evaluate.parse_share(
+            model,
+            tokenizer,
+            evaluate.function_headers(corpus.valid),
+            samples=args.samples,
+            max_tokens=args.max_tokens,
+            sampling=sampling,
+        )
+        result |= {"samples": count, "parse_share": share, "sampling": vars(sampling)}
+    if args.json:
+        print(json.dumps(result))
+        return 0
+    print(result["corpus"])
+    print(f"{result['nats_per_byte']:.4f} nats per byte over {scorer.bytes:,} bytes")
+    if args.samples:
+        print(f"{share:.1%} of {count} sampled functions parse as Python")
+    for text in samples[: args.show]:
+        print("-" * 10 + ("" if evaluate.parse(text) else " does not parse"), text, sep="\n")
+    return 0
+
+
+# --- info
+
+
+def _info_arguments(parser):
+    parser.add_argument("--model", help="folder of a model; by default the one that ships with the package")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _info(args) -> int:
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from mlx_hla.models import PRETRAINED, load
+    from mlx_hla.models.cache import cache_bytes
+    from mlx_hla.models.io import WEIGHTS, read_header
+
+    folder = args.model or PRETRAINED
+    model, tokenizer = load(folder)
+    config = model.config
+    parts = {"embedding": 0, "mixers": 0, "mlps": 0, "norms": 0}
+    for name, a in tree_flatten(model.parameters()):
+        kind = "mixers" if ".mixer." in name else "mlps" if ".mlp." in name else name.split(".")[0]
+        parts[kind if kind in parts else "norms"] += a.size
+    state = {}
+    for tokens in (1, 1024):
+        cache = model.make_cache()
+        model.features(mx.full((1, tokens), tokenizer.bos_id), cache)
+        state[str(tokens)] = cache_bytes(cache)
+    result = {
+        "model": str(folder),
+        "config": dataclasses.asdict(config),
+        "parameters": model.num_parameters,
+        "parameters_by_part": parts,
+        "weights_bytes": os.path.getsize(os.path.join(folder, WEIGHTS)),
+        "weights_dtypes": sorted({d for d, _ in read_header(os.path.join(folder, WEIGHTS)).values()}),
+        "state_bytes_after_tokens": state,
+    }
+    if args.json:
+        print(json.dumps(result))
+        return 0
+    print(f"{folder}: {config.operator}, {model.num_parameters:,} parameters")
+    print("  " + ", ".join(f"{part} {n:,}" for part, n in parts.items()))
+    print(f"  weights: {result['weights_bytes'] / 1e6:.2f} MB of {', '.join(result['weights_dtypes'])}")
+    shown = ", ".join(f"{n:,} bytes after {tokens} tokens" for tokens, n in state.items())
+    print(f"  state of one text: {shown}")
+    for name, value in result["config"].items():
+        print(f"  {name}: {value}")
+    return 0
+
+
+COMMANDS = {
+    "generate": Command("continue a text", _generate_arguments, _generate),
+    "train": Command("train a model, on the Python standard library or your text", _train_arguments, _train),
+    "eval": Command("nats per byte of held-out text; share of samples that parse", _eval_arguments, _eval),
+    "info": Command("what a model is made of", _info_arguments, _info),
+}
+
+
+def make_parser(chosen: str | None = None) -> argparse.ArgumentParser:
+    """The parser; only the chosen command's flags are filled in, so that its imports alone are paid for."""
+    parser = _Parser(prog="mlx-hla", description="Higher-order linear attention: language models in MLX.")
+    parser.add_argument("--version", action="version", version=f"mlx-hla {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    for name, command in COMMANDS.items():
+        sub = subparsers.add_parser(
+            name,
+            help=command.about,
+            description=command.about,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        if name == chosen:
+            command.add_arguments(sub)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    chosen = next((a for a in argv if not a.startswith("-")), None)
+    args = make_parser(chosen).parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no error
+    try:
+        status = COMMANDS[args.command].run(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    except BrokenPipeError:
+        # The reader has gone. Python would complain once more when it closes stdout at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as e:
+        if os.environ.get("MLX_HLA_DEBUG"):
+            raise
+        kind = "" if isinstance(e, InputError | OSError) else f"{type(e).__name__}: "
+        message, status = kind + (" ".join(str(e).split()) or type(e).__name__), 1
+    sys.stderr.write(f"mlx-hla: error: {message}\n")
+    return status

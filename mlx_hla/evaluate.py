@@ -1,0 +1,163 @@
+"""How good a model is: nats per byte of held-out text, and the share of its completions that are Python.
+
+Nats per byte. The stream of tokens is cut into windows of the context's length; every token is predicted
+once, from those before it in its window; the sum of the losses, those of the document ends included, is
+divided by the bytes of text that the predicted tokens stand for.
+
+Share that parses. A prompt is the first line of a function at the top level of a validation file, drawn with
+replacement. The model continues it for a number of tokens at most. What follows the function, from the first
+later line that begins in column 0, is cut off; a text that ran out of tokens loses its last, unfinished line.
+The sample counts if `ast.parse` accepts the rest. A function without a body does not parse.
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from mlx_hla.data import windows
+from mlx_hla.devices import compiled
+from mlx_hla.errors import InputError
+from mlx_hla.generate import generate_step
+from mlx_hla.models import LanguageModel
+from mlx_hla.sampling import Sampling
+from mlx_hla.tokenizer import Tokenizer
+
+
+def cast(params: dict, dtype: mx.Dtype) -> dict:
+    return tree_map(lambda a: a.astype(dtype), params)
+
+
+def token_losses(model: LanguageModel, params: dict, tokens: mx.array, **options) -> mx.array:
+    """Nats for each next token, [B, T - 1], float32, of the model with the weights `params`."""
+    model.update(params)
+    logits = model(tokens[:, :-1], **options)
+    return nn.losses.cross_entropy(logits.astype(mx.float32), tokens[:, 1:], reduction="none")
+
+
+class Scorer:
+    """Nats per byte of one stream of tokens, for the weights as they are at each call."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        stream: np.ndarray,
+        token_sizes: np.ndarray,
+        *,
+        batch_size: int,
+        context: int,
+        dtype: mx.Dtype,
+        max_batches: int = 0,
+    ):
+        self._batches = []
+        self.bytes = 0
+        for tokens, real in windows(stream, batch_size, context):
+            if max_batches and len(self._batches) == max_batches:
+                break
+            self._batches.append((mx.array(tokens), mx.array(real)))
+            self.bytes += int(token_sizes[tokens[:, 1:][real]].sum())
+        if not self.bytes:
+            raise InputError("the validation text has no bytes to predict")
+
+        def total(params, tokens, real):
+            return (token_losses(model, cast(params, dtype), tokens) * real).sum()
+
+        self._total = compiled(total)
+
+    def __call__(self, params: dict) -> float:
+        nats = 0.0
+        for tokens, real in self._batches:
+            nats += self._total(params, tokens, real).item()
+        return nats / self.bytes
+
+
+def function_headers(texts: Sequence[str]) -> list[str]:
+    """The first lines, `def ...:`, of the functions at the top level of Python texts."""
+    headers = []
+    for text in texts:
+        tree = parse(text)
+        lines = text.split("\n")
+        for node in tree.body if tree else ():
+            if isinstance(node, ast.FunctionDef) and node.body[0].lineno > node.lineno:
+                line = lines[node.lineno - 1].rstrip()
+                if line.endswith(":"):
+                    headers.append(line)
+    return headers
+
+
+def parse(text: str) -> ast.Module | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd escapes in a text are not ours to report
+        try:
+            return ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return None
+
+
+def next_statement(text: str) -> int | None:
+    """Where the first line after the header begins in column 0, if there is one."""
+    at = text.find("\n")
+    while 0 <= at < len(text) - 1:
+        if not text[at + 1].isspace():
+            return at + 1
+        at = text.find("\n", at + 1)
+    return None
+
+
+def cut_function(text: str, ended: bool) -> str:
+    """The function at the head of `text`. `ended`: the model closed the document, its last line is whole."""
+    at = next_statement(text)
+    if at is not None:
+        return text[:at]
+    return text if ended else text[: text.rfind("\n") + 1]
+
+
+class ParseResult(NamedTuple):
+    share: float
+    samples: int
+    texts: list[str]  # as they were cut
+
+
+def parse_share(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    headers: Sequence[str],
+    *,
+    samples: int,
+    max_tokens: int = 256,
+    sampling: Sampling | None = None,
+    on_sample=lambda done: None,
+) -> ParseResult:
+    """Sample completions of randomly drawn headers and count those that parse (see above)."""
+    if not headers:
+        raise InputError("no function headers to complete: the validation text is no Python with functions")
+    sampling = sampling or Sampling(seed=0)
+    rng = random.Random(sampling.seed)
+    texts = []
+    for n in range(samples):
+        header = rng.choice(headers)
+        one = Sampling(**{**vars(sampling), "seed": rng.getrandbits(32)})
+        texts.append(complete_function(model, tokenizer, header, max_tokens, one))
+        on_sample(n + 1)
+    return ParseResult(sum(parse(t) is not None for t in texts) / samples, samples, texts)
+
+
+def complete_function(
+    model: LanguageModel, tokenizer: Tokenizer, header: str, max_tokens: int, sampling: Sampling
+) -> str:
+    detokenizer, text, ended = tokenizer.stream(), header, False
+    ids = tokenizer.encode(header, bos=True)
+    for token, _ in generate_step(model, ids, sampling=sampling, max_tokens=max_tokens):
+        ended = token == tokenizer.eos_id
+        text += detokenizer.add(token)
+        if ended or next_statement(text) is not None:
+            break
+    return cut_function(text + detokenizer.finish(), ended)

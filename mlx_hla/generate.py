@@ -1,0 +1,232 @@
+"""Text from a language model, one token at a time, at a cost per token that does not grow with the text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_hla.devices import compiled
+from mlx_hla.errors import InputError
+from mlx_hla.models import LanguageModel
+from mlx_hla.models.cache import KVCache, arrays, eval_cache, fill
+from mlx_hla.sampling import Sampling
+from mlx_hla.tokenizer import Tokenizer
+
+# B batch, V vocabulary, W tokens of history
+
+PREFILL_TOKENS = 512
+
+
+def prefill(model: LanguageModel, tokens: mx.array, cache: list, chunk: int = PREFILL_TOKENS) -> mx.array:
+    """Read tokens [B, T] into the cache, `chunk` at a time; returns the logits [B, V] after the last."""
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise InputError(f"the prompt must be tokens [B, T] with at least one token, got {tokens.shape}")
+    T = tokens.shape[1]
+    for start in range(0, T, chunk):
+        x = model.features(tokens[:, start : start + chunk], cache)
+        if start + chunk < T:
+            eval_cache(cache)  # so that one chunk's activations live at a time
+    return model.embedding.as_linear(x[:, -1])
+
+
+def make_decoder(model: LanguageModel, sampling: Sampling, cache: list):
+    """A function (token [B], history [B, W], key) -> (next token, logits [B, V], history, key) over `cache`.
+
+    With states of constant size the whole step, sampling included, is one graph to compile. A key-value cache
+    changes shape at every token, so there nothing is compiled.
+    """
+
+    def draw(logits, history, key):
+        key, now = mx.random.split(key)
+        token = sampling(logits, now, history)
+        if history is not None:
+            history = mx.concatenate([history[:, 1:], token[:, None]], axis=1)
+        return token, history, key
+
+    if any(isinstance(c, KVCache) for c in cache):
+
+        def step(token, history, key):
+            logits = model(token[:, None], cache)[:, -1]
+            return draw(logits, history, key), logits
+
+    else:
+        template = [c.state for c in cache]
+
+        @compiled
+        def pure(token, history, key, state):
+            work = [type(c)() for c in cache]
+            for c, s in zip(work, fill(template, state), strict=True):
+                c.state = s
+            logits = model(token[:, None], work)[:, -1]
+            return draw(logits, history, key), logits, arrays([c.state for c in work])
+
+        state = arrays(template)
+
+        def step(token, history, key):
+            nonlocal state
+            drawn, logits, state = pure(token, history, key, state)
+            for c, s in zip(cache, fill(template, state), strict=True):
+                c.state = s
+            return drawn, logits
+
+    return draw, step
+
+
+def generate_step(
+    model: LanguageModel,
+    prompt: Sequence[int] | mx.array,
+    *,
+    sampling: Sampling | None = None,
+    max_tokens: int = -1,
+    cache: list | None = None,
+    chunk: int = PREFILL_TOKENS,
+) -> Iterator[tuple[mx.array, mx.array]]:
+    """Yield (tokens, logits) for ever, or `max_tokens` times.
+
+    A prompt [T] yields tokens as ints and logits [V]; a batch of prompts of equal length [B, T] yields arrays
+    [B] and [B, V]. A cache of earlier calls is continued, and holds all but the last token afterwards.
+    """
+    sampling = sampling or Sampling()
+    prompt = mx.array(prompt, mx.int32) if not isinstance(prompt, mx.array) else prompt.astype(mx.int32)
+    single = prompt.ndim == 1
+    tokens = prompt[None] if single else prompt
+    cache = model.make_cache() if cache is None else cache
+    logits = prefill(model, tokens, cache, chunk)
+    eval_cache(cache)
+    history = None
+    if sampling.penalizes:
+        W = sampling.repetition_window
+        blank = mx.full((tokens.shape[0], max(0, W - tokens.shape[1])), -1, mx.int32)
+        history = mx.concatenate([blank, tokens[:, -W:]], axis=1)
+    yield from _decode(model, sampling, cache, logits, history, max_tokens, single)
+
+
+def _decode(model, sampling, cache, logits, history, max_tokens, single):
+    draw, step = make_decoder(model, sampling, cache)
+    token, history, key = draw(logits, history, sampling.first_key())
+    mx.async_eval(token)
+    count = 0
+    while count != max_tokens:
+        count += 1
+        if count != max_tokens:
+            # The next step is under way while the caller looks at this token.
+            (upcoming, history, key), next_logits = step(token, history, key)
+            mx.async_eval(upcoming)
+        yield (token.item(), logits[0]) if single else (token, logits)
+        if count != max_tokens:
+            token, logits = upcoming, next_logits
+
+
+class StopWatch:
+    """Passes text on until one of the stop strings appears, however they fall across the pieces.
+
+    Text that may be the beginning of a stop string is held back until that is decided.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        if any(not s for s in stops):
+            raise InputError("a stop string must not be empty")
+        self._stops = tuple(stops)
+        self._held = ""
+        self.stopped = False
+
+    def add(self, text: str) -> str:
+        """The text that is certain to come before any stop string."""
+        if self.stopped:
+            return ""
+        held = self._held + text
+        found = [at for at in (held.find(s) for s in self._stops) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return held[: min(found)]
+        keep = max((_overlap(held, s) for s in self._stops), default=0)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+    def finish(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    for n in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:n]):
+            return n
+    return 0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of the text, and where the generation stands. The last has a `finish_reason`."""
+
+    text: str
+    token: int
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float  # GB
+    finish_reason: str | None = (
+        None  # "length", "end" (the model closed the document) or "stop" (a stop string)
+    )
+
+
+def stream_generate(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    *,
+    max_tokens: int = 256,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    chunk: int = PREFILL_TOKENS,
+) -> Iterator[Chunk]:
+    """Continue `prompt` (a text that begins a document, or tokens) and yield the text as it comes."""
+    if max_tokens < 1:
+        raise InputError(f"max_tokens must be at least 1, got {max_tokens}")
+    ids = tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else list(prompt)
+    if not ids or prompt == "":
+        raise InputError("the prompt has no tokens: give some text to continue")
+    if not all(0 <= i < tokenizer.vocab_size for i in ids):
+        raise InputError(f"the prompt has tokens outside 0 to {tokenizer.vocab_size - 1}")
+    detokenizer, watch = tokenizer.stream(), StopWatch(stop)
+    start = time.perf_counter()
+    prompt_time, begun, reason = 0.0, start, None
+    steps = generate_step(model, ids, sampling=sampling, max_tokens=max_tokens, chunk=chunk)
+    for count, (token, _) in enumerate(steps, 1):
+        now = time.perf_counter()
+        if count == 1:
+            prompt_time, begun = now - start, now
+        if token == tokenizer.eos_id:
+            reason = "end"
+        text = watch.add(detokenizer.add(token))
+        if watch.stopped:
+            reason = "stop"
+        elif reason is None and count == max_tokens:
+            reason = "length"
+        if reason in ("end", "length"):
+            text += watch.add(detokenizer.finish())
+            text += watch.finish()
+            reason = "stop" if watch.stopped else reason
+        yield Chunk(
+            text,
+            token,
+            prompt_tokens=len(ids),
+            prompt_tps=len(ids) / max(prompt_time, 1e-9),
+            generation_tokens=count,
+            # The first token comes out of the prompt's pass: the rate counts what came after it.
+            generation_tps=(count - 1) / max(now - begun, 1e-9) if count > 1 else 0.0,
+            peak_memory=mx.get_peak_memory() / 1e9,
+            finish_reason=reason,
+        )
+        if reason:
+            return
+
+
+def generate(model: LanguageModel, tokenizer: Tokenizer, prompt: str, **options) -> str:
+    """The whole continuation of `prompt`; options as `stream_generate` takes them."""
+    return "".join(chunk.text for chunk in stream_generate(model, tokenizer, prompt, **options))

@@ -1,0 +1,92 @@
+"""Everything that a run needs to go on as if it had never stopped, in one folder per saved step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import uuid
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_hla.errors import InputError
+from mlx_hla.models import LanguageModel, ModelConfig
+from mlx_hla.models.config import read_json
+from mlx_hla.models.io import CONFIG, TOKENIZER, load_tensors, write_atomic
+from mlx_hla.tokenizer import Tokenizer
+from mlx_hla.train.settings import TrainConfig
+from mlx_hla.train.step import Trainer
+
+WEIGHTS, OPTIMIZER, PROGRESS = "weights.safetensors", "optimizer.safetensors", "progress.json"
+_NAME = re.compile(r"checkpoint-(\d{8})")
+
+
+class Checkpoint(NamedTuple):
+    step: int  # steps taken so far
+    settings: TrainConfig
+    model: LanguageModel
+    tokenizer: Tokenizer
+    trainer: Trainer
+    corpus: str  # the corpus's digest
+
+
+def save_checkpoint(out: Path, step: int, trainer: Trainer, model_config, tokenizer, corpus: str) -> Path:
+    """Write `checkpoint-<step>` beside the older one, then remove that: there is always a whole one."""
+    final = out / f"checkpoint-{step:08d}"
+    if final.exists():
+        return final  # a run resumed and stopped again before its first step
+    folder = out / f".{uuid.uuid4().hex[:8]}.checkpoint"
+    folder.mkdir(parents=True)
+    try:
+        progress = {"step": step, "corpus": corpus, "settings": dataclasses.asdict(trainer.settings)}
+        write_atomic(folder / TOKENIZER, tokenizer.save)
+        write_atomic(folder / CONFIG, lambda p: p.write_text(model_config.to_json()))
+        write_atomic(folder / PROGRESS, lambda p: p.write_text(json.dumps(progress, indent=2) + "\n"))
+        for name, tree in ((WEIGHTS, trainer.params), (OPTIMIZER, trainer.state)):
+            write_atomic(folder / name, lambda p, t=tree: mx.save_safetensors(str(p), dict(tree_flatten(t))))
+        folder.rename(final)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    for other in find_checkpoints(out):
+        if other != final:
+            shutil.rmtree(other, ignore_errors=True)
+    return final
+
+
+def find_checkpoints(out: Path) -> list[Path]:
+    """The saved steps of a run, oldest first."""
+    if not out.is_dir():
+        return []
+    return sorted(p for p in out.iterdir() if _NAME.fullmatch(p.name) and p.is_dir())
+
+
+def load_checkpoint(out: Path) -> Checkpoint:
+    found = find_checkpoints(out)
+    if not found:
+        raise InputError(f"{out}: no checkpoint to resume from")
+    folder = found[-1]
+    progress = read_json(folder / PROGRESS)
+    if not isinstance(progress, dict) or set(progress) != {"step", "corpus", "settings"}:
+        raise InputError(f"{folder / PROGRESS}: not a checkpoint's progress file")
+    step, corpus = progress["step"], progress["corpus"]
+    settings = TrainConfig.from_dict(progress["settings"], str(folder / PROGRESS))
+    if type(step) is not int or not 0 <= step <= settings.steps or not isinstance(corpus, str):
+        raise InputError(f"{folder / PROGRESS}: step or corpus make no sense")
+    settings = dataclasses.replace(settings, out=str(out))  # the folder may have been moved
+    config = ModelConfig.load(folder / CONFIG)
+    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    model = LanguageModel(config)
+    trainer = Trainer(model, settings)
+    trainer.params = _load(folder / WEIGHTS, trainer.params, ("F32",))
+    trainer.state = _load(folder / OPTIMIZER, trainer.state, ("F32", "U64"))
+    return Checkpoint(step, settings, model, tokenizer, trainer, corpus)
+
+
+def _load(path: Path, like: dict, dtypes: tuple[str, ...]) -> dict:
+    flat = tree_flatten(like)
+    tensors = load_tensors(path, {name: a.shape for name, a in flat}, dtypes)
+    return tree_unflatten([(name, tensors[name].astype(a.dtype)) for name, a in flat])

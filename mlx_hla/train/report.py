@@ -1,0 +1,144 @@
+"""What a run tells while it goes on: a bar or lines, a log in JSON lines, and a picture of the losses."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_hla.errors import InputError
+
+LOG, PICTURE = "log.jsonl", "loss.png"
+
+
+def require(name: str):
+    """Import a package of the `train` extra."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise InputError(f"training needs {name}: pip install 'mlx-hla[train]'") from e
+
+
+class Report:
+    """Takes each step's numbers as they become known.
+
+    On a terminal a bar moves; elsewhere one line is printed every `log_every` steps. Every event is a line of
+    `log.jsonl`; "step" counts steps taken, so the first step's loss stands at 1.
+    """
+
+    def __init__(self, out: Path, *, start: int, steps: int, tokens_per_step: int, log_every: int):
+        self._path = out / LOG
+        self._events = _kept(self._path, start)
+        # Written anew with what is kept: the steps beyond the checkpoint will be taken again.
+        self._file = self._path.open("w", encoding="utf-8")
+        for event in self._events:
+            self._file.write(json.dumps(event) + "\n")
+        self._steps, self._tokens, self._every = steps, tokens_per_step, log_every
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = require("tqdm").tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+        self._valid: float | None = None
+        self._mark_time, self._mark_step = time.perf_counter(), start
+        self._tps = 0.0
+
+    def event(self, kind: str, **values) -> None:
+        event = {"event": kind, **values}
+        self._events.append(event)
+        self._file.write(json.dumps(event) + "\n")
+        if kind != "step":
+            self._file.flush()
+
+    def say(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.write(line)
+        else:
+            print(line, flush=True)
+
+    def step(self, step: int, loss: float, norm: float, lr: float) -> None:
+        self.event("step", step=step, loss=loss, grad_norm=norm, lr=lr)
+        due = step % self._every == 0 or step == self._steps
+        if due:
+            now = time.perf_counter()
+            self._tps = (step - self._mark_step) * self._tokens / max(now - self._mark_time, 1e-9)
+            self._mark_time, self._mark_step = now, step
+            self._file.flush()
+        peak = mx.get_peak_memory() / 1e9
+        valid = "" if self._valid is None else f", valid {self._valid:.4f} nats/byte"
+        tail = f"{self._tps:,.0f} tokens/s, peak {peak:.2f} GB{valid}"
+        if self._bar is not None:
+            self._bar.update(1)
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {tail}")
+        elif due:
+            self.say(f"step {step}/{self._steps}: loss {loss:.4f}, lr {lr:.2e}, {tail}")
+
+    def validated(self, step: int, nats_per_byte: float) -> None:
+        self._valid = nats_per_byte
+        self.event("valid", step=step, nats_per_byte=nats_per_byte)
+        if self._bar is None:
+            self.say(f"step {step}/{self._steps}: validation {nats_per_byte:.4f} nats/byte")
+
+    def pause(self):
+        """A context whose time does not count as training."""
+        return _Pause(self)
+
+    def picture(self, title: str, bytes_per_token: float) -> Path:
+        return draw(self._path.with_name(PICTURE), self._events, title, bytes_per_token)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._file.close()
+
+
+class _Pause:
+    def __init__(self, report: Report):
+        self._report = report
+
+    def __enter__(self):
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_):
+        self._report._mark_time += time.perf_counter() - self._start
+
+
+def _kept(path: Path, start: int) -> list[dict]:
+    """The events of earlier runs up to step `start`."""
+    if start == 0 or not path.exists():
+        return []
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # a line that a killed run left half written
+        if isinstance(event, dict) and event.get("step", 0) <= start:
+            events.append(event)
+    return events
+
+
+def draw(path: Path, events: list[dict], title: str, bytes_per_token: float) -> Path:
+    """Plot the losses, both in nats per byte, to a PNG."""
+    require("matplotlib").use("Agg")
+    plt = importlib.import_module("matplotlib.pyplot")
+    steps = [(e["step"], e["loss"] / bytes_per_token) for e in events if e["event"] == "step"]
+    valid = [(e["step"], e["nats_per_byte"]) for e in events if e["event"] == "valid"]
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=150)
+    if steps:
+        axes.plot(*zip(*steps, strict=True), color="#9ab", linewidth=0.8, label="training, each batch")
+    if valid:
+        axes.plot(*zip(*valid, strict=True), color="#c33", marker="o", markersize=3, label="validation")
+    axes.set(xlabel="step", ylabel="nats per byte", title=title, yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    if steps or valid:
+        axes.legend()
+    figure.tight_layout()
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    figure.savefig(temporary)
+    plt.close(figure)
+    os.replace(temporary, path)
+    return path

@@ -1,0 +1,119 @@
+"""What a training run is told, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from mlx_hla.errors import InputError
+from mlx_hla.models.config import ModelConfig, check_types, from_dict, option
+
+DTYPES = ("auto", "bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. Every field is a flag of `mlx-hla train`."""
+
+    out: str = option("runs/small", "folder for the model, checkpoints, log and picture")
+    data: str | None = option(None, "folder or file of text; none: the Python standard library")
+    tokenizer: str | None = option(None, "a tokenizer.model; none: learn one from the corpus")
+    max_bytes: int | None = option(None, "read no more of the corpus than this")
+    valid_fraction: float = option(0.05, "share of the files that validate")
+    seed: int = option(0, "of weights, batches and dropout")
+    steps: int = option(3000, "optimiser steps")
+    batch_size: int = option(32, "sequences per batch")
+    accumulate: int = option(1, "batches per step")
+    lr: float = option(1.5e-3, "learning rate after the warm-up")
+    final_lr: float = option(0.05, "learning rate at the end, as a fraction of lr")
+    warmup: int = option(100, "steps of linear warm-up, before the cosine")
+    weight_decay: float = option(0.1, "AdamW's, on matrices")
+    beta1: float = option(0.9, "AdamW's")
+    beta2: float = option(0.95, "AdamW's")
+    clip: float = option(1.0, "largest global norm of the gradients")
+    dropout: float = option(0.1, "rate, after every mixer and MLP")
+    checkpoint_blocks: bool = option(False, "compute blocks again in the backward pass, to save memory")
+    dtype: str = option("auto", "of the computation: bfloat16, float32 or auto, by the device")
+    valid_every: int = option(250, "steps between validations")
+    valid_batches: int = option(0, "batches of a validation; 0: all of the text")
+    save_every: int = option(500, "steps between checkpoints")
+    log_every: int = option(20, "steps between lines, where there is no terminal for a bar")
+
+    def __post_init__(self):
+        check_types(self)
+        for name in ("steps", "batch_size", "accumulate", "valid_every", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed >= 2**32:
+            raise InputError(f"seed must be below 2**32, got {self.seed}")
+        for name in ("seed", "warmup", "valid_batches", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("final_lr", "beta1", "beta2", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise InputError(f"max_bytes must be at least 1, got {self.max_bytes}")
+        if not 0 < self.valid_fraction < 1:
+            raise InputError(f"valid_fraction must be between 0 and 1, got {self.valid_fraction}")
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+    @classmethod
+    def from_dict(cls, values: object, name: str = "settings") -> TrainConfig:
+        return from_dict(cls, values, name)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine from `lr` to `final_lr · lr`. Steps count from 0."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - 1 - self.warmup)
+        height = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.lr * (self.final_lr + (1 - self.final_lr) * height)
+
+
+@dataclass(frozen=True)
+class Preset:
+    about: str
+    model: ModelConfig
+    train: TrainConfig
+
+
+PRESETS = {
+    "small": Preset("5.8 million parameters: the model that ships", ModelConfig(), TrainConfig()),
+    "tiny": Preset(
+        "a try-out: well under a minute on two CPU cores",
+        ModelConfig(vocab_size=512, dims=64, num_layers=2, num_heads=2, hidden_dims=160, context=128),
+        TrainConfig(
+            out="runs/tiny",
+            max_bytes=500_000,
+            valid_fraction=0.1,
+            steps=100,
+            batch_size=8,
+            lr=5e-3,
+            warmup=10,
+            dropout=0.0,
+            valid_every=50,
+            valid_batches=8,
+            save_every=50,
+            log_every=10,
+        ),
+    ),
+}
+
+
+def preset(
+    name: str, model: dict | None = None, train: dict | None = None
+) -> tuple[ModelConfig, TrainConfig]:
+    """A preset's settings with some fields replaced."""
+    if name not in PRESETS:
+        raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    chosen = PRESETS[name]
+    return (
+        dataclasses.replace(chosen.model, **(model or {})),
+        dataclasses.replace(chosen.train, **(train or {})),
+    )

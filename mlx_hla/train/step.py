@@ -1,0 +1,91 @@
+"""One optimisation step: float32 master weights, a forward and backward pass in the computation's dtype."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_map
+
+from mlx_hla.devices import compiled, compute_dtype
+from mlx_hla.evaluate import cast, token_losses
+from mlx_hla.models import LanguageModel
+from mlx_hla.train.settings import TrainConfig
+
+
+class AdamW(optim.AdamW):
+    """AdamW that leaves vectors (norms, biases) undecayed."""
+
+    def apply_single(self, gradient, parameter, state):
+        if parameter.ndim < 2:
+            return optim.Adam.apply_single(self, gradient, parameter, state)
+        return super().apply_single(gradient, parameter, state)
+
+
+class Trainer:
+    """The weights, the optimizer's state, and the compiled step between them.
+
+    The model object lends its computation only: the weights are `params`, in and out of pure functions.
+    """
+
+    def __init__(self, model: LanguageModel, settings: TrainConfig):
+        self.settings = settings
+        self._model = model
+        self._dtype = compute_dtype(settings.dtype)
+        self._optimizer = AdamW(
+            settings.lr,
+            betas=[settings.beta1, settings.beta2],
+            weight_decay=settings.weight_decay,
+            bias_correction=True,
+        )
+        self.params = tree_map(lambda a: a.astype(mx.float32), model.parameters())
+        self._optimizer.init(self.params)
+        self.state = self._optimizer.state
+        self._value_and_grad = mx.value_and_grad(self._loss)
+        if settings.accumulate == 1:
+            self._whole = compiled(self._whole)
+        else:
+            self._accumulate = compiled(self._accumulate)
+            self._update = compiled(self._update)
+
+    def _loss(self, params, tokens, key):
+        s = self.settings
+        weights = cast(params, self._dtype)
+        losses = token_losses(
+            self._model, weights, tokens, dropout=s.dropout, key=key, checkpoint=s.checkpoint_blocks
+        )
+        return losses.mean()
+
+    def _accumulate(self, params, grads, tokens, key):
+        loss, more = self._value_and_grad(params, tokens, key)
+        return loss, tree_map(mx.add, grads, more)
+
+    def _update(self, params, state, grads, lr):
+        grads = tree_map(lambda g: g / self.settings.accumulate, grads)
+        grads, norm = optim.clip_grad_norm(grads, self.settings.clip)
+        self._optimizer.state = {**state, "learning_rate": lr}
+        params = self._optimizer.apply_gradients(grads, params)
+        return norm, params, self._optimizer.state
+
+    def _whole(self, params, state, tokens, key, lr):
+        loss, grads = self._value_and_grad(params, tokens, key)
+        return loss, *self._update(params, state, grads, lr)
+
+    def step(self, step: int, batches: list[mx.array]) -> tuple[mx.array, mx.array]:
+        """Take step number `step` on `accumulate` batches; returns its loss and gradient norm, still lazy.
+
+        Dropout's key follows from the seed and the step: a resumed run draws what the first would have.
+        """
+        lr = mx.array(self.settings.learning_rate(step), mx.float32)
+        key = mx.random.key((self.settings.seed << 32) + step)
+        if self.settings.accumulate == 1:
+            loss, norm, self.params, self.state = self._whole(self.params, self.state, batches[0], key, lr)
+        else:
+            losses, grads = [], tree_map(mx.zeros_like, self.params)
+            for tokens, part in zip(batches, mx.random.split(key, len(batches)), strict=True):
+                loss, grads = self._accumulate(self.params, grads, tokens, part)
+                mx.async_eval(loss, grads)  # else all batches' activations would live at once
+                losses.append(loss)
+            loss = mx.stack(losses).mean()
+            norm, self.params, self.state = self._update(self.params, self.state, grads, lr)
+        mx.async_eval(loss, norm, self.params, self.state)
+        return loss, norm
