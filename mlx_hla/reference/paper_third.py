@@ -17,7 +17,7 @@ Array = np.ndarray
 class ThirdSegment(NamedTuple):
     """The scan state of §7.3.  M_p [d, dv, d, d] and M_m [d, d, d] are the segment maps, materialised:
 
-    M^KQP[Z]_ae = Σ_bc M_p[a, e, b, c] Z_bc,  M^KQm[Z]_a = Σ_bc M_m[a, b, c] Z_bc.
+    M^KQP[Z]_ae = Σ_bc M_p[a, e, b, c] Z_bc,  M^KQm[Z]_a = Σ_bc M_m[a, b, c] Z_bc.  ρ = γ^length.
     """
 
     SK: Array
@@ -31,6 +31,7 @@ class ThirdSegment(NamedTuple):
     U: Array
     M_p: Array
     M_m: Array
+    rho: float = 1.0
 
 
 def algorithm_3(q, k, v, *, gamma=1.0, normalize=False, eps=1e-6, repaired=False):
@@ -80,7 +81,7 @@ def serial_equation_7_5(q, k, v, *, normalize=False, eps=1e-6):
     return o
 
 
-def third_token(q, k, v) -> ThirdSegment:
+def third_token(q, k, v, gamma=1.0) -> ThirdSegment:
     """Algorithm 4, lines 1 and 2: the single-token segment."""
     DK, DQ, DP, dm = np.outer(k, k), np.outer(q, q), np.outer(k, v), k
     return ThirdSegment(
@@ -95,6 +96,7 @@ def third_token(q, k, v) -> ThirdSegment:
         U=DK @ DQ,
         M_p=np.einsum("ab,ce->aebc", DK, DP),
         M_m=np.einsum("ab,c->abc", DK, dm),
+        rho=gamma,
     )
 
 
@@ -105,8 +107,15 @@ def third_identity(d, dv) -> ThirdSegment:
 
 
 def combine_third(a, b) -> ThirdSegment:
-    """⊗₃, Eqs. 7.6 and 7.7, with the maps applied as tensors."""
+    """⊗₃, Eqs. 7.6 and 7.7, with the maps applied as tensors.
+
+    With decay, as §7.3's closing remark has it: "the same carry-scaling convention as in the second-
+    order decayed scan", every summary of a scaled by ρ_b. That is not associative.
+    """
+    if b.rho != 1.0:
+        a = ThirdSegment(*(b.rho * x for x in a[:-1]), rho=a.rho)
     sums = {name: getattr(a, name) + getattr(b, name) for name in ThirdSegment._fields}
+    sums["rho"] = a.rho * b.rho
     sums["F"] = sums["F"] + a.SK @ b.R + np.einsum("aebc,bc->ae", b.M_p, a.SQ) + b.U @ a.P
     sums["eta"] = sums["eta"] + a.SK @ b.r + np.einsum("abc,bc->a", b.M_m, a.SQ) + b.U @ a.m
     return ThirdSegment(**sums)
