@@ -121,8 +121,12 @@ class LanguageModel(nn.Module):
             # Drawn outside the blocks: a checkpointed block must see the same key when it is computed again.
             keys = mx.random.split(key, 2 * len(self.layers)).reshape(len(self.layers), 2, -1)
         for i, layer in enumerate(self.layers):
-            run = nn.utils.checkpoint(layer) if checkpoint else layer
-            x = run(x, mask, segment_ids, None if cache is None else cache[i], dropout, keys[i])
+
+            def run(x, layer=layer, cache=None if cache is None else cache[i], keys=keys[i]):
+                return layer(x, mask, segment_ids, cache, dropout, keys)
+
+            # Only x is an argument: `mx.checkpoint` differentiates by all, and keys have no gradient.
+            x = nn.utils.checkpoint(layer, run)(x) if checkpoint else run(x)
         return self.norm(x)
 
     def make_cache(self) -> list:
