@@ -1,0 +1,178 @@
+// Second-order HLA, masked: K~ = LA_g(Q, K, K) and O = LA_{g^2}(Q, K~, V) in one walk.
+//
+//     S_t = g_t S_{t-1} + k_t k_t^T      k~_t = scale (S_t + ridge I) q_t
+//     F_t = g_t^2 F_{t-1} + k~_t v_t^T   o_t = scale F_t^T q_t
+//
+// q [B, T, Hq, D], k [B, T, Hkv, D], v [B, T, Hkv, DV], g [B, T, Hg] float32, any strides; S belongs to a
+// key-value head, F to a query head. A tile of q, k, v is read once per pass, Q K^T formed once. A chunk:
+//
+//     P  = scale D (Q K^T)            K~ = P K + scale b Q S + scale ridge Q      S = b_W S + K^T (b_W / b) K
+//     P' = scale D^2 (Q K~^T)         O  = P' V + scale b^2 Q F                   F = b_W^2 F + K~^T (b_W / b)^2 V
+//
+//     hla2_walk     everything, one threadgroup per head from the first token to the last (grid 1 x B Hq)
+//     hla2_middle   K~, and what each block adds to F                                    (grid NB x B Hq)
+//
+// A long sequence of few heads: linear_sums(k, k) and linear_scan give S at the blocks' borders, then
+// hla2_middle, then linear_scan gives F there and linear_out(q, K~, v) the outputs.
+//
+// Threads: 32 per stripe of 8 NC columns of k or v, whichever has more. Mirrors mlx_hla.ops.hla2.
+//# uses: linear
+
+//# kernel hla2_walk
+//# inputs: q k v g s_first f_first floats
+//# outputs: o s_last f_last
+//
+// s_first [B, Hkv, D, D] and f_first [B, Hq, D, DV] float32, any strides. floats: scale, ridge.
+// o [B, T, Hq, DV] in T; s_last, f_last as s_first, f_first, contiguous.
+// T dtype, D, DV widths, W chunk, NC stripe.
+// Threadgroup bytes: 2 W (D' + pad) sizeof(T) + 4 W (D' + 4) + 4 W (W + 4) + 16 W.
+//# body
+  constexpr int K = (D + 7) / 8, R = W / 8, LD = 8 * K + 16 / sizeof(T), LDK = 8 * K + 4, LDP = W + 4;
+  threadgroup T qs[W * LD];
+  threadgroup T ks[W * LD];
+  threadgroup float kts[W * LDK];
+  threadgroup float ps[W * LDP];
+  threadgroup float2 cums[2 * W];
+
+  const int thread_index = thread_index_in_threadgroup, threads = threads_per_threadgroup.x;
+  const int simdgroup = simdgroup_index_in_threadgroup;
+  const int total = q_shape[1], hq = q_shape[2], hkv = k_shape[2];
+  const int bh = threadgroup_position_in_grid.z, batch = bh / hq, head = bh % hq, kv = head * hkv / hq;
+  const Spot at = lane_spot(thread_index_in_simdgroup);
+  const int col0 = 8 * NC * simdgroup;
+  const float scale = floats[0], ridge = floats[1];
+  const Walk walk = block_walk<false>(0, total, total);
+
+  const long q_base = batch * q_strides[0] + head * q_strides[2];
+  const long k_base = batch * k_strides[0] + kv * k_strides[2];
+  const long v_base = batch * v_strides[0] + kv * v_strides[2] + col0 * v_strides[3];
+  const long g_base = batch * g_strides[0] + (head * g_shape[2] / hq) * g_strides[2];
+
+  Tile<K, NC> s, f;
+  tile_read(s, s_first + batch * s_first_strides[0] + kv * s_first_strides[1] + col0 * s_first_strides[3],
+            int(s_first_strides[2]), int(s_first_strides[3]), D, D - col0, at);
+  tile_read(f, f_first + batch * f_first_strides[0] + head * f_first_strides[1] + col0 * f_first_strides[3],
+            int(f_first_strides[2]), int(f_first_strides[3]), D, DV - col0, at);
+  for (int u = 0; u < total; u += W) {
+    const int rows = min(W, total - u);
+    threadgroup float2* cum = cums + (u / W % 2) * W;  // the next chunk's sums wait for nobody
+    stage<W, 8 * K>(qs, LD, q + q_base + u * q_strides[1], int(q_strides[1]), int(q_strides[3]), rows, D,
+                    thread_index, threads);
+    stage<W, 8 * K>(ks, LD, k + k_base + u * k_strides[1], int(k_strides[1]), int(k_strides[3]), rows, D,
+                    thread_index, threads);
+    if (simdgroup == 0) {
+      const int lane = thread_index_in_simdgroup;
+      const float decay = lane < W ? walk_decay<false>(g + g_base, g_strides[1], walk, u + lane, total) : 1.0f;
+      decay_sums(cum, W, decay, LOG_ZERO, float2(0.0f, 0.0f), lane);
+    }
+    sync_threadgroup();
+    scores<W, K>(ps, LDP, qs, LD, ks, LD, cum, 1.0f, scale, simdgroup, threads / 32, at);
+    Tile<R, NC> right, out;
+    tile_zero(out);
+    tile_mma<R, K, NC, false, false>(out, qs, LD, s, at);  // K~ = scale b Q S
+    tile_decay_from_start(out, cum, 1.0f, scale, at);
+    tile_add(out, qs + col0, LD, 8 * K - col0, scale * ridge, at);  // K~ += scale ridge Q
+    tile_read(right, ks + col0, LD, 1, W, 8 * K - col0, at);
+    sync_threadgroup();
+    tile_mma<R, R, NC, false, true>(out, ps, LDP, right, at);  // K~ += P K
+    tile_write<float>(out, kts + col0, LDK, 1, W, 8 * K - col0, at);
+    tile_decay_to_end(right, cum, 1.0f, 1.0f, at);
+    tile_scale(s, decay_since_start(cum[W - 1], 1.0f));
+    tile_mma<K, R, NC, true, false>(s, ks, LD, right, at);  // S = b_W S + K^T (b_W / b) K
+    sync_threadgroup();
+    scores<W, K>(ps, LDP, qs, LD, kts, LDK, cum, 2.0f, scale, simdgroup, threads / 32, at);
+    tile_read(right, v + v_base + u * v_strides[1], int(v_strides[1]), int(v_strides[3]), rows, DV - col0, at);
+    tile_zero(out);
+    tile_mma<R, K, NC, false, false>(out, qs, LD, f, at);  // O = scale b^2 Q F
+    tile_decay_from_start(out, cum, 2.0f, scale, at);
+    sync_threadgroup();
+    tile_mma<R, R, NC, false, true>(out, ps, LDP, right, at);  // O += P' V
+    tile_write<T>(out, o + ((long(batch) * total + u) * hq + head) * DV + col0, hq * DV, 1, rows, DV - col0, at);
+    tile_decay_to_end(right, cum, 2.0f, 1.0f, at);
+    tile_scale(f, decay_since_start(cum[W - 1], 2.0f));
+    tile_mma<K, R, NC, true, false>(f, kts, LDK, right, at);  // F = b_W^2 F + K~^T (b_W / b)^2 V
+  }
+  if (head % (hq / hkv) == 0) {
+    tile_write<float>(s, s_last + (long(batch) * hkv + kv) * (D * D) + col0, D, 1, D, D - col0, at);
+  }
+  tile_write<float>(f, f_last + long(bh) * (D * DV) + col0, DV, 1, D, DV - col0, at);
+
+//# kernel hla2_middle
+//# inputs: q k v g entry ints floats
+//# outputs: kt sums logs s_last
+//
+// entry [B, Hkv, NB, D, D] float32, any strides: S entering each block. ints: L. floats: scale, ridge.
+// kt [B, T, Hq, D] in TK: K~. sums [B, Hq, NB, D, DV], logs [B, Hq, NB, 2] float32 as linear_sums(K~, v)
+// with p = 2 gives them (logs for p = 1). s_last [B, Hkv, D, D] float32.
+// T, TK dtypes, D, DV widths, W chunk, NC stripe.
+// Threadgroup bytes: 2 W (D' + pad) sizeof(T) + 4 W (D' + 4) + 4 W (W + 4) + 16 W.
+//# body
+  constexpr int K = (D + 7) / 8, R = W / 8, LD = 8 * K + 16 / sizeof(T), LDK = 8 * K + 4, LDP = W + 4;
+  threadgroup T qs[W * LD];
+  threadgroup T ks[W * LD];
+  threadgroup float kts[W * LDK];
+  threadgroup float ps[W * LDP];
+  threadgroup float2 cums[2 * W];
+
+  const int thread_index = thread_index_in_threadgroup, threads = threads_per_threadgroup.x;
+  const int simdgroup = simdgroup_index_in_threadgroup;
+  const int total = q_shape[1], hq = q_shape[2], hkv = k_shape[2];
+  const int block = threadgroup_position_in_grid.y, blocks = threadgroups_per_grid.y;
+  const int bh = threadgroup_position_in_grid.z, batch = bh / hq, head = bh % hq, kv = head * hkv / hq;
+  const Spot at = lane_spot(thread_index_in_simdgroup);
+  const int col0 = 8 * NC * simdgroup;
+  const float scale = floats[0], ridge = floats[1];
+  const Walk walk = block_walk<false>(block, ints[0], total);
+
+  const long q_base = batch * q_strides[0] + head * q_strides[2];
+  const long k_base = batch * k_strides[0] + kv * k_strides[2];
+  const long v_base = batch * v_strides[0] + kv * v_strides[2] + col0 * v_strides[3];
+  const long g_base = batch * g_strides[0] + (head * g_shape[2] / hq) * g_strides[2];
+
+  Tile<K, NC> s, f;
+  tile_read(s,
+            entry + batch * entry_strides[0] + kv * entry_strides[1] + block * entry_strides[2] +
+                col0 * entry_strides[4],
+            int(entry_strides[3]), int(entry_strides[4]), D, D - col0, at);
+  tile_zero(f);
+  float2 whole = float2(0.0f, 0.0f);
+  for (int u = 0; u < walk.count; u += W) {
+    const int rows = min(W, walk.count - u), t = walk.first + u;
+    threadgroup float2* cum = cums + (u / W % 2) * W;
+    stage<W, 8 * K>(qs, LD, q + q_base + t * q_strides[1], int(q_strides[1]), int(q_strides[3]), rows, D,
+                    thread_index, threads);
+    stage<W, 8 * K>(ks, LD, k + k_base + t * k_strides[1], int(k_strides[1]), int(k_strides[3]), rows, D,
+                    thread_index, threads);
+    if (simdgroup == 0) {
+      const int lane = thread_index_in_simdgroup;
+      const float decay = lane < W ? walk_decay<false>(g + g_base, g_strides[1], walk, u + lane, total) : 1.0f;
+      decay_sums(cum, W, decay, LOG_ZERO, float2(0.0f, 0.0f), lane);
+    }
+    sync_threadgroup();
+    scores<W, K>(ps, LDP, qs, LD, ks, LD, cum, 1.0f, scale, simdgroup, threads / 32, at);
+    Tile<R, NC> right, out;
+    tile_zero(out);
+    tile_mma<R, K, NC, false, false>(out, qs, LD, s, at);  // K~ = scale b Q S
+    tile_decay_from_start(out, cum, 1.0f, scale, at);
+    tile_add(out, qs + col0, LD, 8 * K - col0, scale * ridge, at);  // K~ += scale ridge Q
+    tile_read(right, ks + col0, LD, 1, W, 8 * K - col0, at);
+    sync_threadgroup();
+    tile_mma<R, R, NC, false, true>(out, ps, LDP, right, at);  // K~ += P K
+    tile_write<float>(out, kts + col0, LDK, 1, W, 8 * K - col0, at);
+    tile_write<TK>(out, kt + ((long(batch) * total + t) * hq + head) * D + col0, hq * D, 1, rows, D - col0, at);
+    tile_decay_to_end(right, cum, 1.0f, 1.0f, at);
+    tile_scale(s, decay_since_start(cum[W - 1], 1.0f));
+    tile_mma<K, R, NC, true, false>(s, ks, LD, right, at);  // S = b_W S + K^T (b_W / b) K
+    tile_read(right, v + v_base + t * v_strides[1], int(v_strides[1]), int(v_strides[3]), rows, DV - col0, at);
+    tile_decay_to_end(right, cum, 2.0f, 1.0f, at);
+    tile_scale(f, decay_since_start(cum[W - 1], 2.0f));
+    whole += cum[W - 1];
+    sync_threadgroup();
+    tile_mma<K, R, NC, true, false>(f, kts, LDK, right, at);  // F = b_W^2 F + K~^T (b_W / b)^2 V
+  }
+  if (block == blocks - 1 && head % (hq / hkv) == 0) {
+    tile_write<float>(s, s_last + (long(batch) * hkv + kv) * (D * D) + col0, D, 1, D, D - col0, at);
+  }
+  const long slot = long(bh) * blocks + block;
+  tile_write<float>(f, sums + slot * (D * DV) + col0, DV, 1, D, DV - col0, at);
+  if (thread_index < 2) logs[2 * slot + thread_index] = whole[thread_index];

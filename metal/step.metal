@@ -1,0 +1,186 @@
+// One token of every operator, one launch: each byte of the state is read once and written once.
+//
+// Everything is the step of LA_{g^p} for the G query heads x_0.. that share one state:
+//
+//     S' = g^p S + y z^T          out_h = scale S'^T x_h
+//
+//     linear_step   o = LA(P; k, v, q)
+//     hla2_step     k~ = LA_g(S; k, k, q) + scale ridge q     o = LA_{g^2}(F; k~, v, q)
+//     ahla_step     r = LA_g(P; k, v, q)                      o = LA_g(E; k, r, q)
+//     hla3_step     k~ = LA_g(S; k, k, q)   r = LA_g(P; k, v, q)   o = LA_{g^3}(F; k~, r, q)
+//
+// q [B, Hq, D], k [B, Hkv, D], v [B, Hkv, DV], g [B, Hkv] float32, states float32 [B, heads, D, D or DV]
+// (S and P per key-value head, F and E per query head), any strides; o [B, Hq, DV] in T, states out
+// contiguous. A threadgroup owns one key-value head and its G = Hq / Hkv query heads (grid B Hkv): lanes
+// go along a state's columns, simdgroups take its rows in turn. floats: scale (and ridge in hla2_step).
+//
+// T dtype, D, DV widths, G query heads per key-value head, NS simdgroups.
+// Threadgroup bytes: 4 (M (NS + 1 + G) + D + DV + G (D + M)), M = max(D, DV). Mirrors mlx_hla.ops.passes.Token.
+
+// Where a state lies: its element (row, col) at p[base + row * row_step + col * col_step].
+struct Place {
+  long base;
+  int row_step, col_step;
+};
+
+template <typename S>
+METAL_FUNC Place place_of(S strides, int batch, int head) {
+  Place at;
+  at.base = batch * strides[0] + head * strides[1];
+  at.row_step = int(strides[2]);
+  at.col_step = int(strides[3]);
+  return at;
+}
+
+// One step of LA for G queries x [G, DY]; out [G, DZ], y and z in threadgroup memory; part is scratch of
+// NS * DZ floats. Ends with a barrier.
+template <int DY, int DZ, int G, int NS, typename P, typename Q>
+METAL_FUNC void step_la(
+    P old_state, Place from, Q new_state, long to, float decay, threadgroup const float* y,
+    threadgroup const float* z, threadgroup const float* x, float scale, threadgroup float* part,
+    threadgroup float* out, int simdgroup, int lane) {
+  constexpr int CPL = (DZ + 31) / 32;
+  float sum[G][CPL];
+  HLA_UNROLL
+  for (int h = 0; h < G; h++) {
+    HLA_UNROLL
+    for (int c = 0; c < CPL; c++) sum[h][c] = 0.0f;
+  }
+  for (int row = simdgroup; row < DY; row += NS) {
+    HLA_UNROLL
+    for (int c = 0; c < CPL; c++) {
+      int col = lane + 32 * c;
+      if (col < DZ) {
+        float s = decay * old_state[from.base + row * from.row_step + col * from.col_step] + y[row] * z[col];
+        new_state[to + row * DZ + col] = s;
+        HLA_UNROLL
+        for (int h = 0; h < G; h++) sum[h][c] += s * x[h * DY + row];
+      }
+    }
+  }
+  HLA_UNROLL
+  for (int h = 0; h < G; h++) {
+    HLA_UNROLL
+    for (int c = 0; c < CPL; c++) {
+      int col = lane + 32 * c;
+      if (col < DZ) part[simdgroup * DZ + col] = sum[h][c];
+    }
+    sync_threadgroup();
+    for (int col = 32 * simdgroup + lane; col < DZ; col += 32 * NS) {
+      float total = 0.0f;
+      for (int s = 0; s < NS; s++) total += part[s * DZ + col];
+      out[h * DZ + col] = scale * total;
+    }
+    sync_threadgroup();
+  }
+}
+
+// dst = n heads of `width` elements, the first at src, in float; needs a barrier before it is read.
+template <typename P>
+METAL_FUNC void step_read(
+    threadgroup float* dst, P src, int head_step, int col_step, int heads, int width, int thread_index, int threads) {
+  for (int i = thread_index; i < heads * width; i += threads) {
+    dst[i] = static_cast<float>(src[i / width * head_step + i % width * col_step]);
+  }
+}
+
+template <typename T, typename P>
+METAL_FUNC void step_write(P dst, threadgroup const float* src, int count, int thread_index, int threads) {
+  for (int i = thread_index; i < count; i += threads) dst[i] = static_cast<T>(src[i]);
+}
+
+//# kernel linear_step
+//# inputs: q k v g p floats
+//# outputs: o p_new
+//# body
+  threadgroup float qs[G * D], ks[D], vs[DV], part[NS * DV], out[G * DV];
+  const int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
+  const int thread_index = thread_index_in_threadgroup, hkv = k_shape[1];
+  const int bh = threadgroup_position_in_grid.x, batch = bh / hkv, kv = bh % hkv;
+  const float decay = g[batch * g_strides[0] + kv * g_strides[1]], scale = floats[0];
+  step_read(qs, q + batch * q_strides[0] + kv * G * q_strides[1], int(q_strides[1]), int(q_strides[2]), G, D,
+            thread_index, 32 * NS);
+  step_read(ks, k + batch * k_strides[0] + kv * k_strides[1], 0, int(k_strides[2]), 1, D, thread_index, 32 * NS);
+  step_read(vs, v + batch * v_strides[0] + kv * v_strides[1], 0, int(v_strides[2]), 1, DV, thread_index, 32 * NS);
+  sync_threadgroup();
+  step_la<D, DV, G, NS>(p, place_of(p_strides, batch, kv), p_new, long(bh) * D * DV, decay, ks, vs, qs, scale, part,
+                        out, simdgroup, lane);
+  step_write<T>(o + long(bh) * G * DV, out, G * DV, thread_index, 32 * NS);
+
+//# kernel hla2_step
+//# inputs: q k v g s f floats
+//# outputs: o s_new f_new
+//# body
+  constexpr int M = D > DV ? D : DV;
+  threadgroup float qs[G * D], ks[D], vs[DV], part[NS * M], kts[G * D], out[DV];
+  const int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
+  const int thread_index = thread_index_in_threadgroup, hkv = k_shape[1];
+  const int bh = threadgroup_position_in_grid.x, batch = bh / hkv, kv = bh % hkv;
+  const float decay = g[batch * g_strides[0] + kv * g_strides[1]], scale = floats[0], ridge = floats[1];
+  step_read(qs, q + batch * q_strides[0] + kv * G * q_strides[1], int(q_strides[1]), int(q_strides[2]), G, D,
+            thread_index, 32 * NS);
+  step_read(ks, k + batch * k_strides[0] + kv * k_strides[1], 0, int(k_strides[2]), 1, D, thread_index, 32 * NS);
+  step_read(vs, v + batch * v_strides[0] + kv * v_strides[1], 0, int(v_strides[2]), 1, DV, thread_index, 32 * NS);
+  sync_threadgroup();
+  step_la<D, D, G, NS>(s, place_of(s_strides, batch, kv), s_new, long(bh) * D * D, decay, ks, ks, qs, scale, part,
+                       kts, simdgroup, lane);
+  for (int i = thread_index; i < G * D; i += 32 * NS) kts[i] += scale * ridge * qs[i];
+  sync_threadgroup();
+  for (int h = 0; h < G; h++) {
+    const int head = kv * G + h;
+    const long slot = long(bh) * G + h;
+    step_la<D, DV, 1, NS>(f, place_of(f_strides, batch, head), f_new, slot * D * DV, decay * decay, kts + h * D, vs,
+                          qs + h * D, scale, part, out, simdgroup, lane);
+    step_write<T>(o + slot * DV, out, DV, thread_index, 32 * NS);
+  }
+
+//# kernel ahla_step
+//# inputs: q k v g p e floats
+//# outputs: o p_new e_new
+//# body
+  threadgroup float qs[G * D], ks[D], vs[DV], part[NS * DV], rs[G * DV], out[DV];
+  const int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
+  const int thread_index = thread_index_in_threadgroup, hkv = k_shape[1];
+  const int bh = threadgroup_position_in_grid.x, batch = bh / hkv, kv = bh % hkv;
+  const float decay = g[batch * g_strides[0] + kv * g_strides[1]], scale = floats[0];
+  step_read(qs, q + batch * q_strides[0] + kv * G * q_strides[1], int(q_strides[1]), int(q_strides[2]), G, D,
+            thread_index, 32 * NS);
+  step_read(ks, k + batch * k_strides[0] + kv * k_strides[1], 0, int(k_strides[2]), 1, D, thread_index, 32 * NS);
+  step_read(vs, v + batch * v_strides[0] + kv * v_strides[1], 0, int(v_strides[2]), 1, DV, thread_index, 32 * NS);
+  sync_threadgroup();
+  step_la<D, DV, G, NS>(p, place_of(p_strides, batch, kv), p_new, long(bh) * D * DV, decay, ks, vs, qs, scale, part,
+                        rs, simdgroup, lane);
+  for (int h = 0; h < G; h++) {
+    const int head = kv * G + h;
+    const long slot = long(bh) * G + h;
+    step_la<D, DV, 1, NS>(e, place_of(e_strides, batch, head), e_new, slot * D * DV, decay, ks, rs + h * DV,
+                          qs + h * D, scale, part, out, simdgroup, lane);
+    step_write<T>(o + slot * DV, out, DV, thread_index, 32 * NS);
+  }
+
+//# kernel hla3_step
+//# inputs: q k v g s p f floats
+//# outputs: o s_new p_new f_new
+//# body
+  constexpr int M = D > DV ? D : DV;
+  threadgroup float qs[G * D], ks[D], vs[DV], part[NS * M], kts[G * D], rs[G * DV], out[DV];
+  const int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
+  const int thread_index = thread_index_in_threadgroup, hkv = k_shape[1];
+  const int bh = threadgroup_position_in_grid.x, batch = bh / hkv, kv = bh % hkv;
+  const float decay = g[batch * g_strides[0] + kv * g_strides[1]], scale = floats[0];
+  step_read(qs, q + batch * q_strides[0] + kv * G * q_strides[1], int(q_strides[1]), int(q_strides[2]), G, D,
+            thread_index, 32 * NS);
+  step_read(ks, k + batch * k_strides[0] + kv * k_strides[1], 0, int(k_strides[2]), 1, D, thread_index, 32 * NS);
+  step_read(vs, v + batch * v_strides[0] + kv * v_strides[1], 0, int(v_strides[2]), 1, DV, thread_index, 32 * NS);
+  sync_threadgroup();
+  step_la<D, D, G, NS>(s, place_of(s_strides, batch, kv), s_new, long(bh) * D * D, decay, ks, ks, qs, scale, part,
+                       kts, simdgroup, lane);
+  step_la<D, DV, G, NS>(p, place_of(p_strides, batch, kv), p_new, long(bh) * D * DV, decay, ks, vs, qs, scale, part,
+                        rs, simdgroup, lane);
+  for (int h = 0; h < G; h++) {
+    const int head = kv * G + h;
+    const long slot = long(bh) * G + h;
+    step_la<D, DV, 1, NS>(f, place_of(f_strides, batch, head), f_new, slot * D * DV, decay * decay * decay,
+                          kts + h * D, rs + h * DV, qs + h * D, scale, part, out, simdgroup, lane);
+    step_write<T>(o + slot * DV, out, DV, thread_index, 32 * NS);
+  }

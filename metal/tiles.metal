@@ -1,0 +1,301 @@
+// Tiles: everything that is Metal's own, behind a few words, and the matrix products made of them.
+//
+// A kernel body speaks of tiles (8R x 8C floats spread over one simdgroup as 8x8 fragments), of
+// threadgroup arrays, and of the decay inside one chunk of W tokens. It never names an address space of
+// its own accord, a barrier flag or a lane. To run the bodies on another GPU, replace the first section.
+//
+// Layout of a product: the threadgroup's simdgroups divide the columns of the result. Simdgroup s owns
+// the stripe of 8C columns from 8C s on, of the state, of the output and of the right operand, all in
+// registers; left operands are read from threadgroup memory by everybody. So a state never leaves its
+// registers while a threadgroup walks over chunks, and no product needs a reduction over simdgroups.
+
+#include <metal_simdgroup>
+#include <metal_simdgroup_matrix>
+using namespace metal;
+
+#ifndef HLA_UNROLL  // registers are indexed by the loop variables below, so the loops must unroll
+#define HLA_UNROLL _Pragma("clang loop unroll(full)")
+#endif
+
+// ---- What a GPU has of its own -----------------------------------------------------------------
+
+typedef simdgroup_matrix<float, 8, 8> Frag;
+
+METAL_FUNC void sync_threadgroup() { threadgroup_barrier(mem_flags::mem_threadgroup); }
+
+// A lane holds two neighbours of a fragment: (row, col) and (row, col + 1). MLX's steel kernels rely on
+// the same layout.
+struct Spot {
+  int row, col;
+};
+
+METAL_FUNC Spot lane_spot(uint lane) {
+  int quad = lane / 4;
+  Spot at;
+  at.row = (quad & 4) + (lane / 2) % 4;
+  at.col = (quad & 2) * 2 + (lane % 2) * 2;
+  return at;
+}
+
+METAL_FUNC Frag frag_zero() { return make_filled_simdgroup_matrix<float, 8, 8>(0.0f); }
+
+METAL_FUNC void frag_mma(thread Frag& c, Frag a, Frag b) { simdgroup_multiply_accumulate(c, a, b, c); }
+
+METAL_FUNC void frag_set(thread Frag& f, float left, float right) {
+  f.thread_elements()[0] = left;
+  f.thread_elements()[1] = right;
+}
+
+METAL_FUNC float2 frag_get(thread Frag& f) {
+  return float2(f.thread_elements()[0], f.thread_elements()[1]);
+}
+
+METAL_FUNC void frag_scale(thread Frag& f, float by) {
+  f.thread_elements()[0] *= by;
+  f.thread_elements()[1] *= by;
+}
+
+// Sum over the lanes up to and including this one.
+METAL_FUNC float lanes_cumsum(float x) { return simd_prefix_inclusive_sum(x); }
+
+METAL_FUNC float lanes_last(float x) { return simd_broadcast(x, 31); }
+
+METAL_FUNC float lanes_sum(float x) { return simd_sum(x); }
+
+// Sums over the lanes that hold the same row, or the same two columns, of a fragment.
+METAL_FUNC float row_sum(float x) {
+  x += simd_shuffle_xor(x, 1);
+  return x + simd_shuffle_xor(x, 8);
+}
+
+METAL_FUNC float col_sum(float x) {
+  x += simd_shuffle_xor(x, 2);
+  x += simd_shuffle_xor(x, 4);
+  return x + simd_shuffle_xor(x, 16);
+}
+
+// ---- Fragments from memory -----------------------------------------------------------------------
+
+// p points at the block's first element in threadgroup memory; TURNED reads the block's transpose.
+template <bool TURNED, typename P>
+METAL_FUNC Frag frag_read(P p, int ld, Spot at) {
+  Frag f;
+  if (TURNED) {
+    frag_set(f, static_cast<float>(p[at.col * ld + at.row]), static_cast<float>(p[(at.col + 1) * ld + at.row]));
+  } else {
+    frag_set(f, static_cast<float>(p[at.row * ld + at.col]), static_cast<float>(p[at.row * ld + at.col + 1]));
+  }
+  return f;
+}
+
+// ---- Tiles ---------------------------------------------------------------------------------------
+
+template <int R, int C>
+struct Tile {
+  Frag f[R][C];
+};
+
+template <int R, int C>
+METAL_FUNC void tile_zero(thread Tile<R, C>& t) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    HLA_UNROLL
+    for (int c = 0; c < C; c++) t.f[r][c] = frag_zero();
+  }
+}
+
+// t = the block at p, element (r, c) at p[r row_step + c col_step], zero from row `rows`, column `cols` on.
+template <int R, int C, typename P>
+METAL_FUNC void tile_read(thread Tile<R, C>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    HLA_UNROLL
+    for (int c = 0; c < C; c++) {
+      int row = 8 * r + at.row, col = 8 * c + at.col;
+      float left = 0.0f, right = 0.0f;
+      if (row < rows && col < cols) left = static_cast<float>(p[row * row_step + col * col_step]);
+      if (row < rows && col + 1 < cols) right = static_cast<float>(p[row * row_step + (col + 1) * col_step]);
+      frag_set(t.f[r][c], left, right);
+    }
+  }
+}
+
+// The inverse of tile_read.
+template <typename T, int R, int C, typename P>
+METAL_FUNC void tile_write(thread Tile<R, C>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    HLA_UNROLL
+    for (int c = 0; c < C; c++) {
+      int row = 8 * r + at.row, col = 8 * c + at.col;
+      float2 pair = frag_get(t.f[r][c]);
+      if (row < rows && col < cols) p[row * row_step + col * col_step] = static_cast<T>(pair[0]);
+      if (row < rows && col + 1 < cols) p[row * row_step + (col + 1) * col_step] = static_cast<T>(pair[1]);
+    }
+  }
+}
+
+template <int R, int C>
+METAL_FUNC void tile_scale(thread Tile<R, C>& t, float by) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    HLA_UNROLL
+    for (int c = 0; c < C; c++) frag_scale(t.f[r][c], by);
+  }
+}
+
+// t += by (the block at p in threadgroup memory), nothing from column `cols` on.
+template <int R, int C, typename P>
+METAL_FUNC void tile_add(thread Tile<R, C>& t, P p, int ld, int cols, float by, Spot at) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    HLA_UNROLL
+    for (int c = 0; c < C; c++) {
+      int row = 8 * r + at.row, col = 8 * c + at.col;
+      if (col < cols) {
+        float2 pair = frag_get(t.f[r][c]);
+        float left = static_cast<float>(p[row * ld + col]), right = static_cast<float>(p[row * ld + col + 1]);
+        frag_set(t.f[r][c], pair[0] + by * left, pair[1] + by * right);
+      }
+    }
+  }
+}
+
+// c += A b with A (8R x 8K) in threadgroup memory at a, row-major with leading dimension ld;
+// TURNED: A is the transpose of what lies there; CAUSAL: A is zero above its diagonal blocks.
+template <int R, int K, int C, bool TURNED, bool CAUSAL, typename P>
+METAL_FUNC void tile_mma(thread Tile<R, C>& c, P a, int ld, thread Tile<K, C>& b, Spot at) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    HLA_UNROLL
+    for (int k = 0; k < K; k++) {
+      if (!CAUSAL || k <= r) {
+        Frag x = frag_read<TURNED>(TURNED ? a + 8 * k * ld + 8 * r : a + 8 * r * ld + 8 * k, ld, at);
+        HLA_UNROLL
+        for (int j = 0; j < C; j++) frag_mma(c.f[r][j], x, b.f[k][j]);
+      }
+    }
+  }
+}
+
+// This lane's part of the sum of all products of two tiles' elements; of one row of
+// fragments, row_sum makes the rows' sums of it.
+template <int R, int C>
+METAL_FUNC float tile_dot(thread Tile<R, C>& a, thread Tile<R, C>& b) {
+  float sum = 0.0f;
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    HLA_UNROLL
+    for (int c = 0; c < C; c++) {
+      float2 product = frag_get(a.f[r][c]) * frag_get(b.f[r][c]);
+      sum += product[0] + product[1];
+    }
+  }
+  return sum;
+}
+
+// ---- The decay inside a chunk --------------------------------------------------------------------
+//
+// cum[r] holds log g_0 + .. + log g_r of the chunk's tokens in two parts: each log is split into a
+// multiple of 2^-10, whose sums float32 holds exactly, and a rest below 2^-11. So a difference of two
+// sums has no cancellation, and D_ij = exp(cum_i - cum_j) is exact to rounding. log 0 counts as -128,
+// whose exponential is 0 in float32: an exact zero in the decay resets the state to exact zeros.
+
+constant constexpr float LOG_ZERO = -128.0f;
+
+// One simdgroup, its lane holding the decay of token `lane` (1 beyond the chunk); `before` is the sum up to
+// the first of them. Returns what the 32 tokens add.
+METAL_FUNC float2 decay_sums(
+    threadgroup float2* cum, int width, float g, float log_least, float2 before, uint lane) {
+  float l = g > 0.0f ? max(log(g), log_least) : log_least;
+  float hi = rint(l * 1024.0f) * (1.0f / 1024.0f);
+  float2 sum = float2(lanes_cumsum(hi), lanes_cumsum(l - hi));
+  if (int(lane) < width) cum[lane] = before + sum;
+  return float2(lanes_last(sum[0]), lanes_last(sum[1]));
+}
+
+// (product of g over the tokens after `from` up to `to`)^power
+METAL_FUNC float decay_between(float2 to, float2 from, float power) {
+  return exp(power * ((to[0] - from[0]) + (to[1] - from[1])));
+}
+
+METAL_FUNC float decay_since_start(float2 to, float power) { return exp(power * (to[0] + to[1])); }
+
+// Row r of t times scale (decay from token r to the chunk's end)^power.
+template <int R, int C>
+METAL_FUNC void tile_decay_to_end(
+    thread Tile<R, C>& t, threadgroup const float2* cum, float power, float scale, Spot at) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    float by = scale * decay_between(cum[8 * R - 1], cum[8 * r + at.row], power);
+    HLA_UNROLL
+    for (int c = 0; c < C; c++) frag_scale(t.f[r][c], by);
+  }
+}
+
+// Row r of t times scale (decay from the chunk's start through token r)^power.
+template <int R, int C>
+METAL_FUNC void tile_decay_from_start(
+    thread Tile<R, C>& t, threadgroup const float2* cum, float power, float scale, Spot at) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    float by = scale * decay_since_start(cum[8 * r + at.row], power);
+    HLA_UNROLL
+    for (int c = 0; c < C; c++) frag_scale(t.f[r][c], by);
+  }
+}
+
+// ---- Scores --------------------------------------------------------------------------------------
+
+// The n-th block (row, column) of a lower triangle, row by row.
+METAL_FUNC int2 triangle_block(int n) {
+  int row = 0;
+  while (n > row) n -= ++row;
+  return int2(row, n);
+}
+
+// c += x y^T for 8 rows of x and 8 rows of y, both 8K wide in threadgroup memory.
+template <int K, typename PX, typename PY>
+METAL_FUNC void block_mma(thread Frag& c, PX x, int ldx, PY y, int ldy, Spot at) {
+  HLA_UNROLL
+  for (int k = 0; k < K; k++) {
+    Frag a = frag_read<false>(x + 8 * k, ldx, at);
+    Frag b = frag_read<true>(y + 8 * k, ldy, at);
+    frag_mma(c, a, b);
+  }
+}
+
+// p = scale D^power (x y^T) on and below the diagonal of the W x W chunk, zero above it inside the
+// diagonal blocks (the blocks above are neither written nor read). x and y in threadgroup memory,
+// W rows of 8K. The blocks are dealt out to the simdgroups in turn.
+template <int W, int K, typename PX, typename PY>
+METAL_FUNC void scores(
+    threadgroup float* p, int ldp, PX x, int ldx, PY y, int ldy, threadgroup const float2* cum, float power,
+    float scale, int simdgroup, int simdgroups, Spot at) {
+  constexpr int B = W / 8;
+  for (int n = simdgroup; n < B * (B + 1) / 2; n += simdgroups) {
+    const int2 ij = triangle_block(n);
+    Frag s = frag_zero();
+    block_mma<K>(s, x + 8 * ij[0] * ldx, ldx, y + 8 * ij[1] * ldy, ldy, at);
+    int row = 8 * ij[0] + at.row, col = 8 * ij[1] + at.col;
+    float2 pair = frag_get(s);
+    float2 to = cum[row];
+    float left = col <= row ? scale * pair[0] * decay_between(to, cum[col], power) : 0.0f;
+    float right = col + 1 <= row ? scale * pair[1] * decay_between(to, cum[col + 1], power) : 0.0f;
+    p[row * ldp + col] = left;
+    p[row * ldp + col + 1] = right;
+  }
+}
+
+// ---- Staging -------------------------------------------------------------------------------------
+
+// dst (W rows of WIDTH, leading dimension ld) = rows 0..rows of src, zero outside rows x cols.
+template <int W, int WIDTH, typename T, typename P>
+METAL_FUNC void stage(
+    threadgroup T* dst, int ld, P src, int row_step, int col_step, int rows, int cols, int thread_index,
+    int threads) {
+  for (int i = thread_index; i < W * WIDTH; i += threads) {
+    int r = i / WIDTH, c = i % WIDTH;
+    dst[r * ld + c] = r < rows && c < cols ? src[r * row_step + c * col_step] : static_cast<T>(0.0f);
+  }
+}

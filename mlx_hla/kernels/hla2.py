@@ -1,0 +1,81 @@
+"""Launches of metal/hla2.metal and its schedules."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from . import passes
+from .passes import floats, ints, stripes
+from .plan import Blocks, blocks, fused, wide_chunk
+from .source import kernel
+
+
+def between(dtype: mx.Dtype) -> mx.Dtype:
+    """dtype of K̃ between two launches: float16 has too little range for a sum of products."""
+    return mx.bfloat16 if dtype == mx.bfloat16 else mx.float32
+
+
+def _template(q, v):
+    D, DV = q.shape[3], v.shape[3]
+    shape = fused(max(D, DV))
+    return [
+        ("T", q.dtype),
+        ("D", D),
+        ("DV", DV),
+        ("W", wide_chunk(D, q.dtype)),
+        ("NC", shape),
+    ], 32 * stripes(max(D, DV), shape)
+
+
+def walk(q, k, v, g, S, F, scale: float, ridge: float):
+    """One threadgroup per head: (o, S, F)."""
+    (B, T, Hq, _), DV = q.shape, v.shape[3]
+    template, threads = _template(q, v)
+    return kernel("hla2", "hla2_walk")(
+        inputs=[q, k, v, g, S, F, floats(scale, ridge)],
+        template=template,
+        output_shapes=[(B, T, Hq, DV), S.shape, F.shape],
+        output_dtypes=[q.dtype, mx.float32, mx.float32],
+        grid=(threads, 1, B * Hq),
+        threadgroup=(threads, 1, 1),
+    )
+
+
+def middle(q, k, v, g, entry, cut: Blocks, scale: float, ridge: float):
+    """(K̃, what each block adds to F, its log decay, S after the last token)."""
+    (B, T, Hq, D), DV, Hkv, N = q.shape, v.shape[3], k.shape[2], cut.count
+    template, threads = _template(q, v)
+    return kernel("hla2", "hla2_middle")(
+        inputs=[q, k, v, g, entry, ints(cut.length), floats(scale, ridge)],
+        template=[*template, ("TK", between(q.dtype))],
+        output_shapes=[(B, T, Hq, D), (B, Hq, N, D, DV), (B, Hq, N, 2), (B, Hkv, D, D)],
+        output_dtypes=[between(q.dtype), mx.float32, mx.float32, mx.float32],
+        grid=(threads, N, B * Hq),
+        threadgroup=(threads, 1, 1),
+    )
+
+
+def forward(q, k, v, g, S, F, scale: float, ridge: float, cut: Blocks | None = None):
+    """(o, S, F) by the schedule that fits: one walk where the heads fill the GPU, else blocks."""
+    B, T, Hq, _ = q.shape
+    cut = cut or blocks(T, B * Hq)
+    if cut.count == 1:
+        return walk(q, k, v, g, S, F, scale, ridge)
+    one, two = floats(1, scale, 1), floats(2, scale, 1)
+    borders = passes.border_states(*passes.block_sums(k, k, g, cut, one, False), S, one, False)
+    kt, sums, logs, S = middle(q, k, v, g, borders, cut, scale, ridge)
+    borders = passes.border_states(sums, logs, F, two, False)
+    # The last border is F after the last token, made from K̃ before it was rounded.
+    o, _ = passes.outputs(q, kt, v, g, borders[:, :, :-1], cut, two, False, q.dtype)
+    return o, S, borders[:, :, -1]
+
+
+def gradients(q, k, v, g, S, F, do, dS, dF, scale: float, ridge: float, decay: bool):
+    """Gradients of q, k, v, g, S and F: the second pass backward, then the first."""
+    kt, _ = passes.walk(q, k, k, g, S, read=scale, dtype=between(q.dtype))
+    if ridge:
+        kt = kt + (scale * ridge * q).astype(kt.dtype)
+    dq, dkt, dv, dg, dF = passes.gradients(q, kt, v, g, F, do, dF, power=2, scale=scale, decay=decay)
+    dq1, dk1, dk2, dg1, dS = passes.gradients(q, k, k, g, S, dkt, dS, scale=scale, decay=decay)
+    dq = dq + dq1 + (scale * ridge * dkt).astype(dq.dtype)
+    return dq, dk1 + dk2, dv, dg + dg1 if decay else None, dS, dF

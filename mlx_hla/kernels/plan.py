@@ -1,0 +1,106 @@
+"""Block sizes and schedules: one table, with what each entry needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+THREADGROUP_BYTES = 32 * 1024
+MAX_DIM = 128
+STRIPE = 2  # fragments of 8 columns that a simdgroup owns
+FILL = 64  # threadgroups that keep a large GPU busy; fewer heads than this are cut into blocks
+MIN_BLOCK = 256  # tokens: below this a block's state costs more than its tokens
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def tile_bytes(rows: int, dim: int, dtype: mx.Dtype) -> int:
+    """A staged tile of `rows` tokens, padded to whole fragments and against bank conflicts."""
+    return rows * (8 * ceil_div(dim, 8) * dtype.size + 16)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a sequence is cut: `count` blocks of `length` tokens, walked in chunks of `width`."""
+
+    length: int
+    count: int
+
+
+def chunk_width(staged: list[tuple[int, mx.Dtype]]) -> int:
+    """32 tokens to a chunk where the staged tiles (dim, dtype) and the scores fit, else 16."""
+    for width in (32, 16):
+        scores = 4 * width * (width + 4) + 16 * width
+        if scores + sum(tile_bytes(width, dim, dtype) for dim, dtype in staged) <= THREADGROUP_BYTES:
+            return width
+    raise ValueError(f"no chunk width fits {staged}")
+
+
+def blocks(T: int, heads: int, length: int | None = None) -> Blocks:
+    """As few blocks as give `FILL` threadgroups, none shorter than `MIN_BLOCK` tokens."""
+    if length is None:
+        want = max(1, ceil_div(FILL, heads))
+        length = max(MIN_BLOCK, 32 * ceil_div(T, 32 * want))
+    return Blocks(length, ceil_div(T, length))
+
+
+# Stripe (in fragments of 8 columns) of the kernels that keep two states in registers, by the larger width:
+# two states of 64 x 16 floats are 64 registers of a thread, of 96 x 8 they are 48. At 128 both states and
+# 512 threads overrun the register file, so wider heads run pass by pass.
+FUSED = ((64, 2), (96, 1))
+
+
+def fused(width: int) -> int | None:
+    return next((stripe for limit, stripe in FUSED if width <= limit), None)
+
+
+def wide_chunk(dim: int, dtype: mx.Dtype) -> int:
+    """Chunk width of a kernel that stages q, k and a float32 K̃."""
+    return chunk_width([(dim, dtype), (dim, dtype), (dim, mx.float32)])
+
+
+MAX_GROUP = 16  # query heads per key-value head that one step keeps sums for in registers
+
+
+def step_bytes(D: int, DV: int, groups: int, simdgroups: int) -> int:
+    """Threadgroup bytes of the largest step kernel."""
+    M = max(D, DV)
+    return 4 * (2 * groups * D + D + 2 * DV + simdgroups * M + groups * DV) + 64
+
+
+def step_simdgroups(D: int, DV: int, groups: int) -> int:
+    """Simdgroups of a step's threadgroup: four rows of a state each, as far as their sums fit."""
+    want = min(16, max(1, D // 4))
+    while want > 1 and step_bytes(D, DV, groups, want) > THREADGROUP_BYTES:
+        want -= 1
+    return want
+
+
+def decay_stripe(width: int) -> int:
+    """Stripe of the decay's gradient, which holds two states of that width."""
+    return 2 if width <= 64 else 1
+
+
+def decay_chunk(first, second, simdgroups: int) -> tuple[int, int]:
+    """Chunk width of the decay's gradient, and the floats in which either pair of tiles is staged."""
+    for width in (64, 32, 16):
+        room = max(sum(tile_bytes(width, dim, dtype) for dim, dtype in pair) for pair in (first, second))
+        rest = 4 * width * (width // 4 + 9 + 2 * simdgroups) + 8 * (width + 1) + 4 * simdgroups + 64
+        if room + rest <= THREADGROUP_BYTES:
+            return width, ceil_div(room, 4)
+    raise ValueError(f"no chunk width fits {first} and {second}")
+
+
+# Watchdog: macOS stops a launch that holds the GPU for seconds. One walk of a head of 64 x 64 costs about
+# 64 kflop a token, so 2^22 (token, head) pairs are 0.27 Tflop: a fifth of a second on an M1 (2.6 Tflop/s)
+# at half its peak. Longer calls are cut along T into launches of at most that much.
+LAUNCH_WORK = 2**22 * 64 * 64
+
+
+def segments(heads: int, T: int, D: int, DV: int) -> list[slice]:
+    """Stretches of T, each of at most `LAUNCH_WORK` token-heads times D times the larger width."""
+    most = max(MIN_BLOCK, LAUNCH_WORK // (heads * D * max(D, DV)) // MIN_BLOCK * MIN_BLOCK)
+    return [slice(t, min(T, t + most)) for t in range(0, T, most)] if most < T else [slice(None)]

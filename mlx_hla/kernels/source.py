@@ -1,0 +1,108 @@
+"""Finds metal/, splits its files into a shared header and kernel bodies, and builds kernels when used.
+
+A file of `metal/` is a header (helpers, contracts) and kernels, each of them
+
+    //# kernel NAME
+    //# inputs: a b c
+    //# outputs: d e
+    // its contract
+    //# body
+    the statements that `mx.fast.metal_kernel` puts into the function it writes
+
+The contract stays out of the body: MLX looks for attribute names and `<input>_shape` in a body's text.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+
+HELPERS = "tiles"
+
+
+def folder() -> Path:
+    """metal/ beside this package in a wheel, or at the root of a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    for place in (package / "metal", package.parent / "metal"):
+        if (place / f"{HELPERS}.metal").is_file():
+            return place
+    raise FileNotFoundError(f"the kernel sources are missing: no {HELPERS}.metal in {package / 'metal'}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One kernel as its file has it."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    header: str
+    body: str
+
+
+_KERNEL = re.compile(
+    r"^//# kernel (?P<name>\w+)\n//# inputs: (?P<inputs>[\w ]+)\n//# outputs: (?P<outputs>[\w ]+)\n"
+    r"(?P<contract>(?://.*\n)*?)//# body\n",
+    re.M,
+)
+_USES = re.compile(r"^//# uses: ([\w ]+)\n", re.M)
+
+
+@cache
+def _header(file: str) -> str:
+    """What stands before a file's first kernel, after the headers that its `//# uses:` line names."""
+    text = (folder() / f"{file}.metal").read_text(encoding="utf-8")
+    first = _KERNEL.search(text)
+    own = text[: first.start()] if first else text
+    uses = _USES.search(own)
+    before = "" if file == HELPERS else _header(HELPERS)
+    for name in uses.group(1).split() if uses else ():
+        before += _header(name).removeprefix(_header(HELPERS))
+    return before + own
+
+
+@cache
+def sources(file: str) -> dict[str, Source]:
+    """The kernels of metal/<file>.metal by name."""
+    text = (folder() / f"{file}.metal").read_text(encoding="utf-8")
+    found = list(_KERNEL.finditer(text))
+    ends = [m.start() for m in found[1:]] + [len(text)]
+    return {
+        m["name"]: Source(
+            m["name"],
+            tuple(m["inputs"].split()),
+            tuple(m["outputs"].split()),
+            _header(file),
+            text[m.end() : end],
+        )
+        for m, end in zip(found, ends, strict=True)
+    }
+
+
+_built: dict[tuple[str, str], tuple[object, object]] = {}
+
+
+def kernel(file: str, name: str):
+    """The kernel `name` of metal/<file>.metal, built by `mx.fast.metal_kernel` at its first use.
+
+    The function is looked up at every call, and what another one built is not used: replacing
+    `mx.fast.metal_kernel` replaces the machine that all kernels run on.
+    """
+    make = mx.fast.metal_kernel
+    entry = _built.get((file, name))
+    if entry is None or entry[0] is not make:
+        source = sources(file)[name]
+        built = make(
+            name=f"hla_{name}",
+            input_names=list(source.inputs),
+            output_names=list(source.outputs),
+            source=source.body,
+            header=source.header,
+            ensure_row_contiguous=False,
+        )
+        entry = _built[file, name] = (make, built)
+    return entry[1]
