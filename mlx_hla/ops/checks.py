@@ -19,7 +19,7 @@ class Call:
     """One operator call after the checks: inputs with mask and segments folded in.
 
     g is None (no decay) or float32 `[B, T, Hkv]`; a masked token has q = k = v = 0 and g = 1, the first
-    token of a segment has g = 0. `ones` (`[B, T, Hkv, 1]`, None unless normalising) is v's extra column.
+    token of a segment has g = 0 and, `[B, T]`, starts = True. `ones` (`[B, T, Hkv, 1]`, None unless normalising) is v's extra column.
     """
 
     op: str
@@ -31,6 +31,7 @@ class Call:
     scale: float
     eps: float
     mask: mx.array | None = None
+    starts: mx.array | None = None
 
     @property
     def dims(self) -> tuple[int, int, int, int, int]:
@@ -47,6 +48,12 @@ def number(op: str, name: str, value, low: float = -math.inf) -> float:
     ):
         fail(op, f"{name} must be a finite number" + (f" ≥ {low:g}" if low > -math.inf else ""), repr(value))
     return float(value)
+
+
+def _scale(op: str, scale) -> float:
+    if number(op, "scale", scale) == 0:
+        fail(op, "scale must not be 0", scale)
+    return float(scale)
 
 
 def _arrays(op: str, arrays: dict[str, mx.array], form: str, rank: int) -> None:
@@ -120,10 +127,12 @@ def canonical(op, q, k, v, scale, decay, normalize, eps, mask, segment_ids) -> C
         real = mask[..., None, None]
         q, k, v = (mx.where(real, x, mx.zeros((), x.dtype)) for x in (q, k, v))
         g = None if g is None else mx.where(mask[..., None], g, 1.0)
+    starts = None
     if segment_ids is not None:
         g = mx.ones((B, T, Hkv), dtype=mx.float32) if g is None else g
-        g = mx.where(_segment_starts(segment_ids, mask)[..., None], 0.0, g)
-    return Call(op, q, k, v, g, ones, number(op, "scale", scale), number(op, "eps", eps, 0.0), mask)
+        starts = _segment_starts(segment_ids, mask)
+        g = mx.where(starts[..., None], 0.0, g)
+    return Call(op, q, k, v, g, ones, _scale(op, scale), number(op, "eps", eps, 0.0), mask, starts)
 
 
 def canonical_step(op, q, k, v, scale, decay, normalize, eps) -> Call:
@@ -131,7 +140,7 @@ def canonical_step(op, q, k, v, scale, decay, normalize, eps) -> Call:
     _qkv(op, q, k, v, "")
     g = decay_array(op, decay, q.shape[:1], k.shape[1])
     ones = mx.ones((*v.shape[:-1], 1), q.dtype) if normalize else None
-    return Call(op, q, k, v, g, ones, number(op, "scale", scale), number(op, "eps", eps, 0.0))
+    return Call(op, q, k, v, g, ones, _scale(op, scale), number(op, "eps", eps, 0.0))
 
 
 def check_state(op: str, state, kind: type, shapes: dict[str, tuple[int, ...] | None]):

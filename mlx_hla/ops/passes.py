@@ -11,11 +11,12 @@ from __future__ import annotations
 import mlx.core as mx
 
 from .checks import Call
-from .primitive import chunked_la, on_gpu
+from .primitive import chunked_la
+from .scan import make_decay, on_gpu
 
 # Chunk width. Narrow chunks do less work inside the triangle, wide ones keep fewer states: at W = D
 # both cost the same arithmetic; a GPU runs short of bandwidth first and prefers fewer states.
-WIDTH_CPU, WIDTH_GPU = 64, 64
+WIDTH_CPU, WIDTH_GPU = 64, 128
 
 
 def chunk_width(T: int) -> int:
@@ -84,6 +85,7 @@ class Sequence(_Passes):
             g = mx.pad(g, [(0, 0), (0, self._padding), (0, 0)], constant_values=1.0)
             g = g.reshape(g.shape[0], -1, self.width, self.Hkv).transpose(0, 3, 1, 2)
         self.g = g
+        self.decay = None if g is None else make_decay(g)
 
     @property
     def _padding(self) -> int:
@@ -100,12 +102,20 @@ class Sequence(_Passes):
     def la(self, q, k, v, power: int = 1, first: mx.array | None = None, scale: float | None = None):
         """LA_{g^power}(q, k, v) with the state before the first token: (o, state after the last)."""
         scale = self.call.scale if scale is None else scale
-        return chunked_la(q, k, v, self.g, first, scale, power)
+        return chunked_la(q, k, v, self.decay, first, scale, power)
 
     def la_before(self, q, k, v, first: mx.array | None = None):
         """o_t = S_{t-1}ᵀ q_t: the pass that reads the state before token t is added, at scale 1."""
-        g = None if self.g is None else self._shift(self.g[..., None, :, None], 1.0)[..., 0, :, 0]
-        return chunked_la(q, self._shift(k), self._shift(v), g, first, 1.0, 1)[0]
+        decay = None
+        if self.g is not None:
+            decay = make_decay(self._shift(self.g[..., None, :, None], 1.0)[..., 0, :, 0])
+        o = chunked_la(q, self._shift(k), self._shift(v), decay, first, 1.0, 1)[0]
+        if self.call.starts is None:
+            return o
+        # Before the first token of a segment there is nothing, whatever its own decay.
+        starts = mx.pad(self.call.starts, [(0, 0), (0, self._padding)])
+        starts = starts.reshape(starts.shape[0], 1, -1, 1, self.width, 1)
+        return mx.where(starts, mx.zeros((), o.dtype), o)
 
     def _shift(self, x: mx.array, fill: float = 0.0) -> mx.array:
         """The same tokens one step later."""

@@ -22,18 +22,7 @@ from functools import cache, lru_cache
 
 import mlx.core as mx
 
-from .scan import TINY, Cumulative, cumulative, from_start, log_decay, scan_states, to_end
-
-
-def on_gpu() -> bool:
-    return mx.default_device() == mx.gpu
-
-
-def _fuse(f):
-    """Compile an element-wise function on a GPU; a CPU may have no C++ compiler at run time."""
-    compiled = mx.compile(f, shapeless=True)
-    return lambda *args: (compiled if on_gpu() else f)(*args)
-
+from .scan import TINY, Decay, fuse, make_decay, on_gpu, scan_states, triangle
 
 # ---- products over chunks, with the query heads that share a key-value head as extra rows
 
@@ -60,6 +49,23 @@ def _outer(a: mx.array, b: mx.array, groups: int) -> mx.array:
     return _swap(a) @ b
 
 
+def _add_rows(c: mx.array, a: mx.array, b: mx.array) -> mx.array:
+    """c + `_rows(a, b)` in one product."""
+    G, W = a.shape[-3:-1]
+    if G == 1 or b.shape[-3] == G:
+        return mx.addmm(c, a, b)
+    c, a = (x.reshape(*x.shape[:-3], 1, G * W, x.shape[-1]) for x in (c, a))
+    return mx.addmm(c, a, b).reshape(*a.shape[:-3], G, W, b.shape[-1])
+
+
+def _add_outer(c: mx.array, a: mx.array, b: mx.array) -> mx.array:
+    """c + Σ_t a_t b_tᵀ, summed over the G heads of a and b where c has one for all of them."""
+    G = a.shape[-3]
+    if c.shape[-3] == 1 and G > 1:
+        a, b = (x.reshape(*x.shape[:-3], 1, G * x.shape[-2], x.shape[-1]) for x in (a, b))
+    return mx.addmm(c, _swap(a), b)
+
+
 def _over_heads(x: mx.array, groups: int) -> mx.array:
     """Sum over the G axis where the tensor that x is a gradient of has one head for all of them."""
     return x.sum(axis=-3, keepdims=True) if x.shape[-3] > groups else x
@@ -70,151 +76,206 @@ def _over_heads(x: mx.array, groups: int) -> mx.array:
 
 @cache
 def _elementwise(dtype: mx.Dtype):
-    """The fused element-wise functions that end in `dtype`, the dtype of the matrix products."""
+    """The element-wise functions whose result has `dtype`, the dtype of the matrix products."""
 
-    def decay(row_hi, col_hi, row_lo, col_lo):
-        return mx.exp((row_hi - col_hi) + (row_lo - col_lo))
+    def decayed(scores, later, scale, power, row_hi, col_hi, row_lo, col_lo):
+        d = mx.exp(power * ((row_hi - col_hi) + (row_lo - col_lo)))
+        return mx.where(later, scores * scale * d, 0.0)
 
-    @_fuse
-    def causal(scores, later, scale, *sums):  # scale · D ⊙ (q kᵀ)
-        scores = scores * scale
-        return mx.where(later, scores * decay(*sums) if sums else scores, 0.0).astype(dtype)
+    @fuse
+    def causal(scores, later, scale):  # scale · L ⊙ (q kᵀ)
+        return mx.where(later, scores * scale, 0.0).astype(dtype)
 
-    @_fuse
-    def causal_pair(d_scores, scores, later, scale, *sums):  # the same for dP, and its product with q kᵀ
-        d = mx.where(later, d_scores * scale * decay(*sums), 0.0)
-        return d.astype(dtype), d * scores
+    @fuse
+    def causal_decayed(*args):  # scale · D ⊙ (q kᵀ)
+        return decayed(*args).astype(dtype)
 
-    @_fuse
-    def add_scaled(x, y, factor):
-        return (x + y * factor).astype(dtype)
+    @fuse
+    def causal_pair(scores, *args):  # the same for dP, and its product with q kᵀ
+        d = decayed(*args)
+        return d.astype(dtype), (d * scores).astype(dtype)
 
-    return causal, causal_pair, add_scaled
+    @fuse
+    def from_start(x, power, hi, lo):  # b_t x_t with b_t = Π_{s≤t} g_s
+        return (x * mx.exp(power * (hi + lo))).astype(dtype)
 
+    @fuse
+    def to_end(x, power, end_hi, hi, end_lo, lo):  # (b_W / b_t) x_t
+        return (x * mx.exp(power * ((end_hi - hi) + (end_lo - lo)))).astype(dtype)
 
-@_fuse
-def _scaled_f32(x, factor):
-    return x.astype(mx.float32) * factor
-
-
-@_fuse
-def _dot_terms(x, y):
-    return x.astype(mx.float32) * y.astype(mx.float32)
+    return causal, causal_decayed, causal_pair, from_start, to_end
 
 
-class _Decays:
-    """What one pass needs of the decay: running sums, b, b_W / b_j and the chunk totals, or nothing."""
+class _Decayed:
+    """Where one pass multiplies by the decay; without a decay every method returns what it was given."""
 
-    def __init__(self, g: mx.array | None, power: int):
-        self.sums: Cumulative | None = None
-        self.pair: tuple[mx.array, ...] = ()
-        self.b = self.tail = mx.array(1.0)
-        self.total = None
-        if g is not None:
-            c = self.sums = cumulative(log_decay(g, power))
-            column, row = (..., None, slice(None), None), (..., None, None, slice(None))
-            self.pair = (c.hi[column], c.hi[row], c.lo[column], c.lo[row])
-            self.b, self.tail = from_start(c)[column], to_end(c)[column]
-            self.total = c.total()
+    def __init__(self, decay: Decay | None, power: int, dtype: mx.Dtype, width: int):
+        self.decay, self.power = decay, float(power)
+        self.later = triangle(width, width, 0, mx.bool_)
+        self.functions = _elementwise(dtype)
+        self.edges = None
+        if decay is not None:
+            self.edges = decay.edges
+            self.column = tuple(x[:, :, :, None, :, None] for x in (decay.hi, decay.lo))
+            self.row = tuple(x[:, :, :, None, None, :] for x in (decay.hi, decay.lo))
+            (hi, lo), (row_hi, row_lo) = self.column, self.row
+            self.pair = (hi, row_hi, lo, row_lo)
+            self.end = (hi[..., -1:, :], hi, lo[..., -1:, :], lo)
+
+    def causal(self, scores, scale):
+        if self.decay is None:
+            return self.functions[0](scores, self.later, scale)
+        return self.functions[1](scores, self.later, scale, self.power, *self.pair)
+
+    def causal_pair(self, scores, d_scores, scale):
+        return self.functions[2](scores, d_scores, self.later, scale, self.power, *self.pair)
+
+    def from_start(self, x):
+        return x if self.decay is None else self.functions[3](x, self.power, *self.column)
+
+    def to_end(self, x):
+        return x if self.decay is None else self.functions[4](x, self.power, *self.end)
 
 
-def _chunk_states(x, decays, first, reverse=False):
-    """Scan of what each chunk adds, x `[B, H, N, G, D, V]`: (states entering the chunks, last state)."""
+# ---- the pass and its reverse
+
+
+def _chunk_states(x, decayed: _Decayed, first, scale: float, reverse: bool = False):
+    """Scan of what each chunk adds, scale · x `[B, H, N, G, D, V]`: (states entering the chunks, last)."""
     shape = x.shape
     first = None if first is None else first.reshape(*shape[:2], -1)
-    inner, last = scan_states(x.reshape(*shape[:3], -1), decays.total, first, reverse)
-    return inner.reshape(shape), last.reshape(*shape[:2], *shape[3:])
+    x = x.reshape(*shape[:3], -1)
+    inner, last = scan_states(x, decayed.edges, decayed.power, first, scale, reverse)
+    return inner.reshape(shape), lambda: last().reshape(*shape[:2], *shape[3:])
 
 
-def _forward(q, k, v, g, first, scale, power):
-    """(o, last state, carry-in states) of one pass; the carry-ins in the products' dtype."""
-    causal, _, add_scaled = _elementwise(q.dtype)
-    decays = _Decays(g, power)
-    W = q.shape[-2]
-    later = mx.tri(W, W, 0, dtype=mx.bool_)
-    o = _rows(causal(_rows(q, _swap(k)), later, scale, *decays.pair), v)
-    kw = _scaled_f32(k, decays.tail)
-    states, last = _chunk_states(_swap(kw) @ v.astype(mx.float32), decays, first)
-    states = states.astype(q.dtype)
-    if q.shape[2] > 1 or first is not None:
-        o = add_scaled(o, _rows(q, states), scale * decays.b)
-    return o, last, states
+def _states(k, v, decay, first, scale, power):
+    """(scale · carry-in states, last state) of one pass, in the dtype of k and v and in float32."""
+    decayed = _Decayed(decay, power, k.dtype, k.shape[-2])
+    first = None if first is None else scale * first
+    states, last = _chunk_states(_swap(decayed.to_end(k)) @ v, decayed, first, scale)
+    return states, lambda: last() / scale
+
+
+def _forward(q, k, v, decay, first, scale, power):
+    """(o, scale · carry-in states, last state) of one pass."""
+    decayed = _Decayed(decay, power, q.dtype, q.shape[-2])
+    p = decayed.causal(_rows(q, _swap(k)), scale)
+    states, last = _states(k, v, decay, first, scale, power)
+    if q.shape[2] == 1 and first is None:
+        return _rows(p, v), states, last
+    return _add_rows(_rows(decayed.from_start(q), states), p, v), states, last
 
 
 def _rectangles(m: mx.array) -> mx.array:
     """r_t = Σ_{i≥t>j} m_ij over the last two axes, without a subtraction."""
     W = m.shape[-1]
-    left = mx.cumsum(m, axis=-1, inclusive=False)  # [i, t]: Σ_{j<t}
-    return mx.where(mx.tri(W, W, 0, dtype=mx.bool_), left, 0.0).sum(axis=-2)
+    if on_gpu():
+        left = m @ triangle(W, W, -1, m.dtype).T  # [i, t]: Σ_{j<t}
+    else:
+        left = mx.cumsum(m, axis=-1, inclusive=False)
+    return mx.where(triangle(W, W, 0, mx.bool_), left, 0.0).sum(axis=-2).astype(mx.float32)
 
 
-def _backward(q, k, v, g, first, states, do, d_last, scale, power):
-    """Gradients of one pass, tagged by the product they come from."""
-    causal, causal_pair, add_scaled = _elementwise(q.dtype)
-    # A zero decay counts as TINY here, so that dg = (g dg) / g exists; float32 sums don't see it.
-    decays = _Decays(None if g is None else mx.maximum(g, TINY), power)
-    W = q.shape[-2]
-    later = mx.tri(W, W, 0, dtype=mx.bool_)
+def _dots(x: mx.array, y: mx.array) -> mx.array:
+    """Σ x·y over the heads of a group and the last axis: `[B, H, N, W]` float32."""
+    return (x * y).sum(axis=-1).astype(mx.float32).sum(axis=-2)
+
+
+def _backward(q, k, v, decay, first, states, do, d_last, scale, power):
+    """Gradients of one pass; each line is tagged by what it adds. d_last is None where only o was used."""
+    if decay is not None:
+        # A zero decay counts as TINY here, so that dg = (g dg) / g exists; float32 sums don't see it.
+        decay = make_decay(mx.maximum(decay.g, TINY))
+    decayed = _Decayed(decay, power, q.dtype, q.shape[-2])
     carried = q.shape[2] > 1 or first is not None
-    groups = states.shape[-3]
 
     scores = _rows(q, _swap(k))
     d_scores = _rows(do, _swap(v))
-    p = causal(scores, later, scale, *decays.pair)
-    if g is None:
-        dp = causal(d_scores, later, scale)
+    p = decayed.causal(scores, scale)
+    if decay is None:
+        dp = decayed.causal(d_scores, scale)
     else:
-        dp, terms = causal_pair(d_scores, scores, later, scale, *decays.pair)
-    qb = _scaled_f32(q, scale * decays.b)
-    x, d_first = _chunk_states(_outer(qb, do.astype(mx.float32), groups), decays, d_last, reverse=True)
-    xc = x.astype(q.dtype)
+        dp, terms = decayed.causal_pair(scores, d_scores, scale)
+    # Adjoint of the state that leaves each chunk: x_n = ρ x_{n+1} + scale · Σ_t b_t q_t do_tᵀ
+    dob = decayed.from_start(do)
+    x, d_first = _chunk_states(_outer(q, dob, states.shape[-3]), decayed, d_last, scale, reverse=True)
 
-    dq = _rows(dp, k)  # dq += dP k
+    dk_out = _over_heads(decayed.to_end(v) @ _swap(x), k.shape[-3])  # dk += (b_W / b) ⊙ v Xᵀ
+    dv_out = _over_heads(decayed.to_end(k) @ x, v.shape[-3])  # dv += (b_W / b) ⊙ k X
+    dk = _add_outer(dk_out, dp, q)  # dk += dPᵀ q
+    dv = _add_outer(dv_out, p, do)  # dv += Pᵀ do
     if carried:
-        dq_in = _rows(do, _swap(states))  # dq += b ⊙ do Sᵀ
-        dq = add_scaled(dq, dq_in, scale * decays.b)
-    dk_out = _over_heads(v @ _swap(xc), k.shape[-3])  # dk += (b_W / b) ⊙ v Xᵀ
-    dv_out = _over_heads(k @ xc, v.shape[-3])  # dv += (b_W / b) ⊙ k X
-    dk = add_scaled(_outer(dp, q, k.shape[-3]), dk_out, decays.tail)  # dk += dPᵀ q
-    dv = add_scaled(_outer(p, do, v.shape[-3]), dv_out, decays.tail)  # dv += Pᵀ do
+        dq_in = _rows(dob, _swap(states))  # dq += b ⊙ do Sᵀ
+        dq = _add_rows(dq_in, dp, k)  # dq += dP k
+    else:
+        dq = _rows(dp, k)
     grads = [dq, dk, dv]
-    if g is not None:
+    if decay is not None:
         # g_t dL/dg_t = every term of the loss that holds g_t: pairs i ≥ t > j of this chunk, rows
         # i ≥ t that read the carry-in, tokens j < t that reach the carry-out, and carry-in to carry-out.
         total = _rectangles(terms.sum(axis=-3))
-        out = (_dot_terms(k, dk_out).sum(axis=-1, keepdims=True) * decays.tail).sum(axis=(-3, -1))
-        total = total + mx.cumsum(out, axis=-1, inclusive=False)
+        total = total + mx.cumsum(_dots(k, dk_out), axis=-1, inclusive=False)
         if carried:
-            read = (_dot_terms(q, dq_in).sum(axis=-1, keepdims=True) * (scale * decays.b)).sum(axis=(-3, -1))
-            total = total + mx.cumsum(read, axis=-1, reverse=True)
-            through = _dot_terms(x, states).sum(axis=(-3, -2, -1)) * mx.exp(decays.total)
-            total = total + through[..., None]
-        grads.append(power * total / mx.maximum(g, TINY))
+            total = total + mx.cumsum(_dots(q, dq_in), axis=-1, reverse=True)
+            through = (x.astype(mx.float32) * states).sum(axis=(-3, -2, -1))[..., None] / scale
+            total = total + through * mx.exp(power * (decay.hi[..., -1:] + decay.lo[..., -1:]))
+        grads.append(power * total / decay.g)
+        grads += [mx.zeros_like(part) for part in decay[1:]]
     if first is not None:
-        grads.append(d_first)
+        grads.append(d_first())
     return grads
 
 
-@lru_cache(maxsize=256)
-def _function(scale: float, power: int, decayed: bool, started: bool):
-    """The differentiable pass for one choice of static options; arrays are its only arguments."""
-    factor = mx.array(scale, mx.float32)
+class _Pass:
+    """LA for one choice of static options, as functions of arrays that MLX can differentiate and map."""
 
-    def unpack(arrays):
-        q, k, v, *rest = arrays
-        return q, k, v, rest[0] if decayed else None, rest[-1] if started else None
+    def __init__(self, scale: float, power: int, decayed: bool, started: bool):
+        def unpack(arrays):
+            q, k, v, *rest = arrays
+            return q, k, v, Decay(*rest[:5]) if decayed else None, rest[-1] if started else None
 
-    @mx.custom_function
-    def run(*arrays):
-        return _forward(*unpack(arrays), factor, power)
+        def both(*arrays):
+            o, states, last = _forward(*unpack(arrays), scale, power)
+            return o, states, last()
 
-    @run.vjp
-    def run_vjp(arrays, cotangents, outputs):
-        return _backward(*unpack(arrays), outputs[2], cotangents[0], cotangents[1], factor, power)
+        def both_vjp(arrays, cotangents, outputs):
+            return _backward(*unpack(arrays), outputs[1], cotangents[0], cotangents[2], scale, power)
+
+        def output(*arrays):
+            return _forward(*unpack(arrays), scale, power)[:2]
+
+        def output_vjp(arrays, cotangents, outputs):
+            return _backward(*unpack(arrays), outputs[1], cotangents[0], None, scale, power)
+
+        def in_f32(arrays):
+            q, k, v, *rest = arrays
+            return [*(x.astype(mx.float32) for x in (q, k, v)), *rest]
+
+        def state(*arrays):
+            _, k, v, decay, first = unpack(in_f32(arrays))
+            return _states(k, v, decay, first, scale, power)[1]()
+
+        def state_vjp(arrays, d_last, _):
+            wide = unpack(in_f32(arrays))
+            q, k, v, decay, first = wide
+            states, _ = _states(k, v, decay, first, scale, power)
+            do = mx.zeros((*q.shape[:-1], v.shape[-1]))
+            grads = _backward(*wide, states, do, d_last, scale, power)
+            return [g.astype(a.dtype) for g, a in zip(grads, arrays, strict=True)]
+
+        self.both, self.output, self.state = (
+            _mapped(f, vjp) for f, vjp in ((both, both_vjp), (output, output_vjp), (state, state_vjp))
+        )
+
+
+def _mapped(f, vjp):
+    """f with its reverse mode, also under vmap: the mapped axis joins B and f itself is called."""
+    run = mx.custom_function(f)
+    run.vjp(vjp)
 
     @run.vmap
     def run_vmap(arrays, axes):
-        # The mapped axis joins B, so the function itself is called and keeps its own reverse mode.
         size = next(x.shape[a] for x, a in zip(arrays, axes, strict=True) if a is not None and a >= 0)
 
         def fold(x, axis):
@@ -223,12 +284,25 @@ def _function(scale: float, power: int, decayed: bool, started: bool):
             return x.reshape(-1, *x.shape[2:])
 
         out = run(*(fold(x, a) for x, a in zip(arrays, axes, strict=True)))
+        if isinstance(out, mx.array):
+            return out.reshape(size, -1, *out.shape[1:]), 0
         return [x.reshape(size, -1, *x.shape[1:]) for x in out], [0] * len(out)
 
     return run
 
 
-def chunked_la(q, k, v, g, first, scale: float, power: int):
-    """One pass LA_{g^power} in chunk layout: (o in q's dtype, last state in float32)."""
-    arrays = [q, k, v, *([] if g is None else [g]), *([] if first is None else [first])]
-    return _function(float(scale), power, g is not None, first is not None)(*arrays)[:2]
+_pass = lru_cache(maxsize=256)(_Pass)
+
+
+def chunked_la(q, k, v, decay: Decay | None, first, scale: float, power: int):
+    """One pass LA_{g^power} in chunk layout: (o in q's dtype, last state in float32).
+
+    In bfloat16 the products read each chunk's carry-in rounded to bfloat16, like q, k and v; the last
+    state is then a sum of its own, in float32 throughout, and computed only if somebody asks for it.
+    """
+    arrays = [q, k, v, *(decay or ()), *([] if first is None else [first])]
+    run = _pass(float(scale), power, decay is not None, first is not None)
+    if q.dtype == mx.float32:
+        o, _, last = run.both(*arrays)
+        return o, last
+    return run.output(*arrays)[0], run.state(*arrays)

@@ -1,118 +1,200 @@
 """Decay factors and the scan over chunk states, both exact where a decay is 0.
 
-A decay g enters as l = log g, clamped at `LOG_ZERO`, whose exponential is 0 in float32: a product
-that holds an exact zero is an exact zero, and nothing ever divides by it. Differences of running
-sums of l decide how much of token j is left at token i, so they must not cancel: each l is split in
-`hi`, a multiple of 2^-10 whose sums float32 holds exactly, and a rest `lo` below 2^-11 [1].
-
-[1] 128 tokens * 128 = 2^14, and 14 + 10 bits = float32's 24.
+A decay g enters as log g, with `LOG_ZERO` for log 0: its exponential is 0 in float32, so a product that
+holds an exact zero is an exact zero, and nothing divides by it. How much of token j is left at token i
+is a difference of two running sums of log g. So that it does not cancel, each log g is split into `hi`,
+a multiple of a grid on which float32 adds up exactly, and a rest `lo`; the sums of both are kept.
 """
 
-# B batch, T time, H kv heads, G query heads per kv head, D key dim, V value dim, N chunks, W chunk width
+# B batch, T time, H kv heads, D key dim, V value dim, N chunks, W chunk width
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 LOG_ZERO = -128.0  # exp(-128) underflows to 0 in float32
-GRID = 1024.0
-MAX_SPAN = 128  # terms in one running sum, see [1]
-GROUP = 32  # chunks that one matrix product of the scan covers
-TINY = 1e-30  # stands for g where d(g^p)/dg divides by g; float32 keeps 1e-30 apart from 0
+TINY = 1e-30  # stands for g = 0 where dg = (g dg) / g is formed
 
 
-def log_decay(g: mx.array, power: int) -> mx.array:
-    """log(g^power) in [LOG_ZERO, 0], LOG_ZERO where g is 0."""
-    safe = mx.where(g > 0, g, 1.0)
-    return mx.where(g > 0, mx.maximum(power * mx.log(safe), LOG_ZERO), LOG_ZERO)
+def on_gpu() -> bool:
+    return mx.default_device() == mx.gpu
 
 
-class Cumulative(NamedTuple):
+def fuse(f):
+    """Compile an element-wise function on a GPU; a CPU may have no C++ compiler at run time."""
+    compiled = mx.compile(f, shapeless=True)
+    return lambda *args: (compiled if on_gpu() else f)(*args)
+
+
+@cache
+def triangle(rows: int, cols: int, offset: int, dtype: mx.Dtype, value: float = 1.0) -> mx.array:
+    """value where column ≤ row + offset, else 0; evaluated at once, so that every trace can share it."""
+    x = mx.array(value * np.tri(rows, cols, offset, dtype=np.float32)).astype(dtype)
+    mx.eval(x)
+    return x
+
+
+class Sums(NamedTuple):
     """Running sums of log decays along the last axis, in two float32 parts."""
 
     hi: mx.array
     lo: mx.array
 
-    def __getitem__(self, index) -> Cumulative:
-        return Cumulative(self.hi[index], self.lo[index])
-
-    def minus(self, other: Cumulative) -> mx.array:
-        return (self.hi - other.hi) + (self.lo - other.lo)
-
-    def total(self) -> mx.array:
-        """The whole sum, clamped so that sums of sums stay on the grid."""
-        return mx.maximum(self.hi[..., -1] + self.lo[..., -1], LOG_ZERO)
+    def __getitem__(self, index) -> Sums:
+        return Sums(self.hi[index], self.lo[index])
 
 
-def cumulative(l: mx.array) -> Cumulative:
-    """Inclusive running sums of l along its last axis (at most `MAX_SPAN` long)."""
-    hi = mx.round(l * GRID) / GRID
-    return Cumulative(mx.cumsum(hi, axis=-1), mx.cumsum(l - hi, axis=-1))
+@fuse
+def _split(l, grid):
+    hi = mx.round(l * grid) / grid
+    return hi, l - hi
 
 
-def from_start(c: Cumulative) -> mx.array:
-    """b_t = Π_{s≤t} g_s."""
-    return mx.exp(c.hi + c.lo)
+def running_sums(l: mx.array) -> Sums:
+    """Inclusive sums of l in [LOG_ZERO, 0] along the last axis.
+
+    A span of n numbers sums to at most 128 n; on a grid of 2^-17 n that takes float32's 24 bits.
+    """
+    span = 1 << (l.shape[-1] - 1).bit_length()
+    return Sums(*(mx.cumsum(part, axis=-1) for part in _split(l, 2.0**17 / span)))
 
 
-def to_end(c: Cumulative) -> mx.array:
-    """b_W / b_j = Π_{s>j} g_s."""
-    return mx.exp(c[..., -1:].minus(c))
+@fuse
+def log_decay(g):
+    return mx.where(g > 0, mx.maximum(mx.log(mx.maximum(g, 1e-38)), LOG_ZERO), LOG_ZERO)
 
 
-def scan_states(x: mx.array, total: mx.array | None, first: mx.array | None, reverse: bool = False):
+@fuse
+def _clamped(hi, lo):
+    return mx.maximum(hi + lo, LOG_ZERO)
+
+
+class Decay(NamedTuple):
+    """The decay g `[B, H, N, W]` of a call with its sums, shared by the call's passes.
+
+    hi, lo: running sums of log g in each chunk, `[B, H, N, W]`; edge_hi, edge_lo: running sums of the
+    chunks' totals at the chunk borders of each group of chunks, from 0, `[B, H, groups, span + 1]`.
+    """
+
+    g: mx.array
+    hi: mx.array
+    lo: mx.array
+    edge_hi: mx.array
+    edge_lo: mx.array
+
+    @property
+    def sums(self) -> Sums:
+        return Sums(self.hi, self.lo)
+
+    @property
+    def edges(self) -> Sums:
+        return Sums(self.edge_hi, self.edge_lo)
+
+
+def make_decay(g: mx.array) -> Decay:
+    hi, lo = running_sums(log_decay(g))
+    return Decay(g, hi, lo, *_edges(_clamped(hi[..., -1], lo[..., -1])))
+
+
+# Chunks that one product of the scan covers: the product does span² work, which a GPU has to spare.
+GROUP_CPU, GROUP_GPU = 32, 512
+
+
+def _groups(N: int) -> tuple[int, int]:
+    groups = -(-N // (GROUP_GPU if on_gpu() else GROUP_CPU))
+    return groups, -(-N // groups)
+
+
+def _edges(total: mx.array) -> Sums:
+    """Running sums from 0 of the log decays over chunks, total `[B, H, N]`, in groups of chunks."""
+    B, H, N = total.shape
+    groups, span = _groups(N)
+    total = mx.pad(total, [(0, 0), (0, 0), (0, groups * span - N)]) if groups * span != N else total
+    sums = running_sums(total.reshape(B, H, groups, span))
+    return Sums(*(mx.pad(part, [(0, 0), (0, 0), (0, 0), (1, 0)]) for part in sums))
+
+
+@fuse
+def _weights(keep, factor, power, row_hi, col_hi, row_lo, col_lo):
+    return mx.where(keep, factor * mx.exp(power * ((row_hi - col_hi) + (row_lo - col_lo))), 0.0)
+
+
+@fuse
+def _carried(y, carry, power, hi, lo):
+    return y + mx.exp(power * (hi + lo)) * carry
+
+
+def scan_states(
+    x: mx.array,
+    edges: Sums | None,
+    power: float,
+    first: mx.array | None,
+    factor: float = 1.0,
+    reverse: bool = False,
+):
     """Linear recurrence over N chunks, by products with small triangular matrices of decays.
 
-    x `[B, H, N, F]` float32 is what each chunk adds, total `[B, H, N]` the log decay over each chunk
-    (None: no decay) and first `[B, H, F]` the state before the first chunk (None: zero). With
-    ρ = exp(total):
+    x `[B, H, N, F]`, times factor, is what each chunk adds, `edges` and `power` give the decay ρ_n over
+    each chunk (None: no decay), first `[B, H, F]` float32 is the state at the start (None: zero).
 
-    - forward: s_{n+1} = ρ_n s_n + x_n with s_0 = first; returns the N states s_n before each
-      chunk and the last one, s_N.
-    - reverse (its adjoint): e_n = ρ_n e_{n+1} + x_n with e_N = first; returns the N values
-      e_{n+1} and e_0.
+    - forward: s_{n+1} = ρ_n s_n + x_n with s_0 = first; returns the N states s_n that enter the
+      chunks, in the dtype of x, and a function that gives the last one, s_N, in float32.
+    - reverse (its adjoint): e_n = ρ_n e_{n+1} + x_n with e_N = first; returns the N values e_{n+1}
+      and a function that gives e_0.
 
-    More than `GROUP` chunks are cut into groups and the group totals scanned the same way, so there
-    is no loop over chunks: the depth is log_GROUP N.
+    More chunks than one group holds are cut into groups whose totals are scanned the same way, so there
+    is no loop over chunks: the depth is the logarithm of N.
     """
     B, H, N, F = x.shape
-    groups = -(-N // GROUP)
-    span = -(-N // groups)
+    groups, span = _groups(N)
     if groups * span != N:
-        extra = groups * span - N
-        x = mx.pad(x, [(0, 0), (0, 0), (0, extra), (0, 0)])
-        total = None if total is None else mx.pad(total, [(0, 0), (0, 0), (0, extra)])
+        x = mx.pad(x, [(0, 0), (0, 0), (0, groups * span - N), (0, 0)])
     x = x.reshape(B, H, groups, span, F)
-    # Row r of `weights` makes the state at boundary r = 0..span from what the group's chunks add.
-    if total is None:
-        weights = mx.tri(span + 1, span, -1)
-        weights, carried = (1.0 - weights if reverse else weights), None
+    # With borders r = 0..span and running sums c_r (c_0 = 0), what the group's chunks add:
+    #   s_r = Σ_{m<r} exp(c_r − c_{m+1}) x_m      e_r = Σ_{m≥r} exp(c_m − c_r) x_m
+    if edges is None:
+        inner = triangle(span, span, -1, x.dtype, factor)
+        inner, whole = inner.T if reverse else inner, triangle(1, span, span, mx.float32, factor)
     else:
-        sums = cumulative(total.reshape(B, H, groups, span))
-        edge = Cumulative(*(mx.pad(part, [(0, 0)] * 3 + [(1, 0)]) for part in sums))
-        row, col = edge[..., :, None], edge[..., None, :]
-        before = mx.tri(span + 1, span, -1, dtype=mx.bool_)
-        if reverse:  # e_r = Σ_{m≥r} exp(c_m − c_r) x_m
-            weights = mx.exp(mx.minimum(col[..., :-1].minus(row), 0.0))
-            weights = mx.where(before, 0.0, weights)
-            carried = mx.exp(edge[..., -1:].minus(edge))
-        else:  # s_r = Σ_{m<r} exp(c_r − c_{m+1}) x_m
-            weights = mx.exp(mx.minimum(row.minus(col[..., 1:]), 0.0))
-            weights = mx.where(before, weights, 0.0)
-            carried = mx.exp(edge.hi + edge.lo)
-    y = weights @ x  # [B, H, groups, span + 1, F]
-    if groups == 1:
-        carry, last = None if first is None else first[:, :, None], None
+        keep = triangle(span, span, -1, mx.bool_)
+        border, end = edges[..., 1:] if reverse else edges[..., :-1], edges[..., -1:]
+        chunk = edges[..., :-1] if reverse else edges[..., 1:]
+        row, col = border[..., :, None], chunk[..., None, :]
+        if reverse:
+            keep, row, col = keep.T, col, row
+        inner = _weights(keep, factor, power, row.hi, col.hi, row.lo, col.lo).astype(x.dtype)
+        # of all chunks at the far border: r = span forward, r = 0 in reverse
+        far = (chunk.hi, 0.0, chunk.lo, 0.0) if reverse else (end.hi, chunk.hi, end.lo, chunk.lo)
+        whole = _weights(True, factor, power, *far)[..., None, :]
+    y = inner @ x  # [B, H, groups, span, F]
+
+    def totals():
+        return (whole @ x.astype(mx.float32))[..., 0, :]
+
+    if groups > 1:
+        upper = None
+        if edges is not None:
+            upper = _edges(_clamped(edges.hi[..., -1], edges.lo[..., -1]))
+        carry, last = scan_states(totals(), upper, power, first, reverse=reverse)
     else:
-        whole = None if total is None else mx.maximum(sums.total(), LOG_ZERO)
-        ends = y[..., 0, :] if reverse else y[..., -1, :]
-        carry, last = scan_states(ends, whole, first, reverse)
+        carry = None if first is None else first[:, :, None]
+
+        def last():
+            total = totals()[:, :, 0]
+            if first is None or edges is None:
+                return total if first is None else total + first
+            return _carried(total, first, power, edges.hi[:, :, 0, -1:], edges.lo[:, :, 0, -1:])
+
     if carry is not None:
         carry = carry[..., None, :]
-        y = y + (carry if carried is None else carried[..., None] * carry)
-    inner = y[..., 1:, :] if reverse else y[..., :-1, :]
-    if last is None:
-        last = y[:, :, 0, 0 if reverse else span]
-    return inner.reshape(B, H, groups * span, F)[:, :, :N], last
+        if edges is None:
+            y = (y + carry).astype(x.dtype)
+        else:
+            left = Sums(end.hi - border.hi, end.lo - border.lo) if reverse else border
+            y = _carried(y, carry, power, left.hi[..., None], left.lo[..., None]).astype(x.dtype)
+    y = y.reshape(B, H, groups * span, F)
+    return (y if groups * span == N else y[:, :, :N]), last
