@@ -8,7 +8,7 @@ from nn_reference import assert_close
 
 from mlx_hla.nn import HLAttention
 
-T, D = 131_072, 16
+T, D = 131_072, 8
 DTYPES = {"fp16": mx.float16, "bf16": mx.bfloat16}
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
