@@ -17,8 +17,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from .errors import InputError
-from .tokenizer import Tokenizer
+from mlx_hla.errors import InputError
+from mlx_hla.tokenizer import Tokenizer
 
 # Never part of a corpus, wherever it is. Tests are left out: they would be a third of the library.
 SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-packages", "lib-dynload"}

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .errors import InputError
+from mlx_hla.errors import InputError
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
 MAX_MODEL_BYTES = 16 * 2**20

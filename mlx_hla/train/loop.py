@@ -119,7 +119,6 @@ def _run(run: Checkpoint, corpus: data.Corpus) -> Result:
         save(out, model, tokenizer)
         picture = report.picture(title, float(sizes[stream].mean()))
         size = (out / WEIGHTS).stat().st_size / 1e6
-        size = (out / WEIGHTS).stat().st_size / 1e6
         report.say(
             f"validation {valid:.4f} nats/byte; model in {out} ({size:.2f} MB), losses in {picture}\n"
             f"try it: mlx-hla generate --model {out} --prompt 'def '"
@@ -165,6 +164,8 @@ def _steps(run, batches, scorer, report, corpus, stopping) -> tuple[int, float |
     write_down()
     if step < settings.steps:
         keep()
+    elif run.step == settings.steps:  # all steps taken, but perhaps killed before its model was saved
+        valid = scorer(trainer.params)
     return step, valid
 
 
