@@ -4,10 +4,11 @@
     python examples/benchmark.py --lengths 4096 65536 --heads 16 --dtype bfloat16
     python examples/benchmark.py --decay gate --operators hla2 ahla
 
-Each row is one length. Times are medians in milliseconds of whole evaluations; `x` is the time of
-`mx.fast.scaled_dot_product_attention` (causal) divided by the operator's in the same run. Memory is the
-peak of forward and backward above what was held before, divided by the bytes of q, k, v, o and their
-gradients.
+Each row is one length. Times are medians in milliseconds; `x` is the time of causal
+`mx.fast.scaled_dot_product_attention` divided by the operator's in the same run. Each evaluation queues
+`--queue` independent calls, as the layers of a model do, so that a GPU's time is measured and not its
+launch; `--queue 1` adds the launch. Memory is the peak of one forward and backward, inputs included,
+divided by the bytes of q, k, v, o and their gradients.
 """
 
 import argparse
@@ -26,34 +27,34 @@ OPERATORS = {
 }
 
 
-def median_ms(run, seconds: float) -> float:
-    """Median time of run() over at least three evaluations and about this many seconds."""
+def median_ms(run, queue: int, seconds: float) -> float:
+    """Median time of one run() over at least three evaluations and about this many seconds."""
     for _ in range(2):
-        mx.eval(run())
+        mx.eval([run() for _ in range(queue)])
     mx.synchronize()
     times = []
     while len(times) < 3 or (sum(times) < seconds and len(times) < 200):
         start = time.perf_counter()
-        mx.eval(run())
+        mx.eval([run() for _ in range(queue)])
         mx.synchronize()
         times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
+    return 1e3 * statistics.median(times) / queue
 
 
-def measure(attend, arrays, d_out, seconds: float) -> tuple[float, float, float]:
-    """(forward ms, forward + backward ms, peak bytes of forward + backward)."""
+def measure(attend, arrays, d_out, args) -> tuple[float, float, float]:
+    """(forward ms, forward + backward ms, peak bytes of forward + backward with its inputs)."""
 
-    def loss(*arrays):
-        return (attend(*arrays) * d_out).sum()
+    def both(*arrays):
+        return mx.vjp(attend, list(arrays), [d_out])
 
-    grad = mx.value_and_grad(loss, argnums=tuple(range(len(arrays))))
-    forward = median_ms(lambda: attend(*arrays), seconds)
-    both = median_ms(lambda: grad(*arrays), seconds)
+    forward, both = (mx.compile(f) if args.compile else f for f in (attend, both))
+    forward_ms = median_ms(lambda: forward(*arrays), args.queue, args.seconds)
+    both_ms = median_ms(lambda: both(*arrays), args.queue, args.seconds)
+    mx.synchronize()
     mx.clear_cache()
-    held = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(grad(*arrays))
-    return forward, both, mx.get_peak_memory() - held
+    mx.eval(both(*arrays))
+    return forward_ms, both_ms, mx.get_peak_memory()
 
 
 def main() -> None:
@@ -73,7 +74,8 @@ def main() -> None:
     parser.add_argument("--decay", choices=["none", "head", "gate"], default="none")
     parser.add_argument("--backend", choices=["mlx", "metal"], help="default: the library's own choice")
     parser.add_argument("--seconds", type=float, default=0.5, help="per figure (default: 0.5)")
-    parser.add_argument("--compile", action="store_true", help="wrap each call in mx.compile")
+    parser.add_argument("--queue", type=int, default=8 if gpu else 1, help="calls an evaluation")
+    parser.add_argument("--compile", action="store_true", help="measure under mx.compile")
     args = parser.parse_args()
     dtype = getattr(mx, args.dtype)
     name = mx.device_info().get("device_name", "CPU") if gpu else "CPU"
@@ -102,15 +104,14 @@ def main() -> None:
             o = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
             return o.swapaxes(1, 2)
 
-        base = measure(softmax, [q, k, v], d_out, args.seconds)
+        base = measure(softmax, [q, k, v], d_out, args)
         row = f"{T:8d} | {base[0]:8.2f} {base[1]:8.2f}"
         for op in args.operators:
 
             def attend(q, k, v, decay=None, f=OPERATORS[op]):
                 return f(q, k, v, scale=scale, decay=decay, backend=args.backend)[0]
 
-            run = mx.compile(attend) if args.compile else attend
-            forward, both, peak = measure(run, inputs, d_out, args.seconds)
+            forward, both, peak = measure(attend, inputs, d_out, args)
             memory = peak / (8 * q.nbytes)
             row += (
                 f" | {forward:12.2f} {base[0] / forward:5.1f} {both:8.2f} {base[1] / both:5.1f} {memory:4.1f}"

@@ -19,7 +19,8 @@ class Call:
     """One operator call after the checks: inputs with mask and segments folded in.
 
     g is None (no decay) or float32 `[B, T, Hkv]`; a masked token has q = k = v = 0 and g = 1, the first
-    token of a segment has g = 0 and, `[B, T]`, starts = True. `ones` (`[B, T, Hkv, 1]`, None unless normalising) is v's extra column.
+    token of a segment has g = 0 and is True in starts `[B, T]`. `ones` (`[B, T, Hkv, 1]`, None unless
+    normalising) is v's extra column.
     """
 
     op: str

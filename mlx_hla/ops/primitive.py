@@ -6,7 +6,7 @@ Inside a chunk of W tokens with carry-in S (b_t = Π_{s≤t} g_s, D_ij = b_i / b
 
     o  = scale · ((D ⊙ q kᵀ) v + diag(b) q S)        S' = b_W S + Σ_j (b_W / b_j) k_j v_jᵀ
 
-The chunks' carry-ins come from one scan (`scan_states`), so nothing walks over tokens. The decay is
+The chunks' carry-ins come from one scan (`ChunkScan`), so nothing walks over tokens. The decay is
 g = decay^power. The reverse mode is made of the same products; it keeps q, k, v, the decay and the
 carry-in states, never a D×V matrix per token.
 
@@ -22,7 +22,7 @@ from functools import cache, lru_cache
 
 import mlx.core as mx
 
-from .scan import TINY, Decay, fuse, make_decay, on_gpu, scan_states, triangle
+from .scan import TINY, ChunkScan, Decay, fuse, make_decay, on_gpu, triangle
 
 # ---- products over chunks, with the query heads that share a key-value head as extra rows
 
@@ -140,31 +140,38 @@ class _Decayed:
 # ---- the pass and its reverse
 
 
-def _chunk_states(x, decayed: _Decayed, first, scale: float, reverse: bool = False):
-    """Scan of what each chunk adds, scale · x `[B, H, N, G, D, V]`: (states entering the chunks, last)."""
-    shape = x.shape
-    first = None if first is None else first.reshape(*shape[:2], -1)
-    x = x.reshape(*shape[:3], -1)
-    inner, last = scan_states(x, decayed.edges, decayed.power, first, scale, reverse)
-    return inner.reshape(shape), lambda: last().reshape(*shape[:2], *shape[3:])
+class _States:
+    """Scan of what each chunk adds, scale · x `[B, H, N, G, D, V]`: the carry-ins and the last state."""
+
+    def __init__(self, x, decayed: _Decayed, first, scale: float, reverse: bool = False):
+        self.shape = x.shape
+        first = None if first is None else first.reshape(*x.shape[:2], -1)
+        x = x.reshape(*x.shape[:3], -1)
+        self.scan = ChunkScan(x, decayed.edges, decayed.power, first, scale, reverse)
+
+    def inner(self):
+        return self.scan.inner().reshape(self.shape)
+
+    def last(self):
+        return self.scan.last().reshape(*self.shape[:2], *self.shape[3:])
 
 
-def _states(k, v, decay, first, scale, power):
-    """(scale · carry-in states, last state) of one pass, in the dtype of k and v and in float32."""
+def _key_states(k, v, decay, first, scale, power) -> _States:
+    """scale · (states of k vᵀ) that enter the chunks, and scale · the last one."""
     decayed = _Decayed(decay, power, k.dtype, k.shape[-2])
     first = None if first is None else scale * first
-    states, last = _chunk_states(_swap(decayed.to_end(k)) @ v, decayed, first, scale)
-    return states, lambda: last() / scale
+    return _States(_swap(decayed.to_end(k)) @ v, decayed, first, scale)
 
 
 def _forward(q, k, v, decay, first, scale, power):
-    """(o, scale · carry-in states, last state) of one pass."""
+    """(o, scale · carry-ins, the scan of the states) of one pass."""
     decayed = _Decayed(decay, power, q.dtype, q.shape[-2])
     p = decayed.causal(_rows(q, _swap(k)), scale)
-    states, last = _states(k, v, decay, first, scale, power)
+    states = _key_states(k, v, decay, first, scale, power)
+    inner = states.inner()
     if q.shape[2] == 1 and first is None:
-        return _rows(p, v), states, last
-    return _add_rows(_rows(decayed.from_start(q), states), p, v), states, last
+        return _rows(p, v), inner, states
+    return _add_rows(_rows(decayed.from_start(q), inner), p, v), inner, states
 
 
 def _rectangles(m: mx.array) -> mx.array:
@@ -199,7 +206,8 @@ def _backward(q, k, v, decay, first, states, do, d_last, scale, power):
         dp, terms = decayed.causal_pair(scores, d_scores, scale)
     # Adjoint of the state that leaves each chunk: x_n = ρ x_{n+1} + scale · Σ_t b_t q_t do_tᵀ
     dob = decayed.from_start(do)
-    x, d_first = _chunk_states(_outer(q, dob, states.shape[-3]), decayed, d_last, scale, reverse=True)
+    adjoint = _States(_outer(q, dob, states.shape[-3]), decayed, d_last, scale, reverse=True)
+    x = adjoint.inner()
 
     dk_out = _over_heads(decayed.to_end(v) @ _swap(x), k.shape[-3])  # dk += (b_W / b) ⊙ v Xᵀ
     dv_out = _over_heads(decayed.to_end(k) @ x, v.shape[-3])  # dv += (b_W / b) ⊙ k X
@@ -223,7 +231,7 @@ def _backward(q, k, v, decay, first, states, do, d_last, scale, power):
         grads.append(power * total / decay.g)
         grads += [mx.zeros_like(part) for part in decay[1:]]
     if first is not None:
-        grads.append(d_first())
+        grads.append(adjoint.last())
     return grads
 
 
@@ -236,8 +244,8 @@ class _Pass:
             return q, k, v, Decay(*rest[:5]) if decayed else None, rest[-1] if started else None
 
         def both(*arrays):
-            o, states, last = _forward(*unpack(arrays), scale, power)
-            return o, states, last()
+            o, inner, states = _forward(*unpack(arrays), scale, power)
+            return o, inner, states.last() / scale
 
         def both_vjp(arrays, cotangents, outputs):
             return _backward(*unpack(arrays), outputs[1], cotangents[0], cotangents[2], scale, power)
@@ -254,12 +262,12 @@ class _Pass:
 
         def state(*arrays):
             _, k, v, decay, first = unpack(in_f32(arrays))
-            return _states(k, v, decay, first, scale, power)[1]()
+            return _key_states(k, v, decay, first, scale, power).last() / scale
 
         def state_vjp(arrays, d_last, _):
             wide = unpack(in_f32(arrays))
             q, k, v, decay, first = wide
-            states, _ = _states(k, v, decay, first, scale, power)
+            states = _key_states(k, v, decay, first, scale, power).inner()
             do = mx.zeros((*q.shape[:-1], v.shape[-1]))
             grads = _backward(*wide, states, do, d_last, scale, power)
             return [g.astype(a.dtype) for g, a in zip(grads, arrays, strict=True)]

@@ -128,73 +128,88 @@ def _carried(y, carry, power, hi, lo):
     return y + mx.exp(power * (hi + lo)) * carry
 
 
-def scan_states(
-    x: mx.array,
-    edges: Sums | None,
-    power: float,
-    first: mx.array | None,
-    factor: float = 1.0,
-    reverse: bool = False,
-):
+class ChunkScan:
     """Linear recurrence over N chunks, by products with small triangular matrices of decays.
 
     x `[B, H, N, F]`, times factor, is what each chunk adds, `edges` and `power` give the decay ρ_n over
     each chunk (None: no decay), first `[B, H, F]` float32 is the state at the start (None: zero).
 
-    - forward: s_{n+1} = ρ_n s_n + x_n with s_0 = first; returns the N states s_n that enter the
-      chunks, in the dtype of x, and a function that gives the last one, s_N, in float32.
-    - reverse (its adjoint): e_n = ρ_n e_{n+1} + x_n with e_N = first; returns the N values e_{n+1}
-      and a function that gives e_0.
+    - forward: s_{n+1} = ρ_n s_n + x_n with s_0 = first. `inner()` are the N states s_n that enter the
+      chunks, in the dtype of x; `last()` is s_N in float32.
+    - reverse (its adjoint): e_n = ρ_n e_{n+1} + x_n with e_N = first. `inner()` are the N values
+      e_{n+1}; `last()` is e_0.
 
     More chunks than one group holds are cut into groups whose totals are scanned the same way, so there
     is no loop over chunks: the depth is the logarithm of N.
     """
-    B, H, N, F = x.shape
-    groups, span = _groups(N)
-    if groups * span != N:
-        x = mx.pad(x, [(0, 0), (0, 0), (0, groups * span - N), (0, 0)])
-    x = x.reshape(B, H, groups, span, F)
-    # With borders r = 0..span and running sums c_r (c_0 = 0), what the group's chunks add:
-    #   s_r = Σ_{m<r} exp(c_r − c_{m+1}) x_m      e_r = Σ_{m≥r} exp(c_m − c_r) x_m
-    if edges is None:
-        inner = triangle(span, span, -1, x.dtype, factor)
-        inner, whole = inner.T if reverse else inner, triangle(1, span, span, mx.float32, factor)
-    else:
-        keep = triangle(span, span, -1, mx.bool_)
-        border, end = edges[..., 1:] if reverse else edges[..., :-1], edges[..., -1:]
-        chunk = edges[..., :-1] if reverse else edges[..., 1:]
-        row, col = border[..., :, None], chunk[..., None, :]
-        if reverse:
-            keep, row, col = keep.T, col, row
-        inner = _weights(keep, factor, power, row.hi, col.hi, row.lo, col.lo).astype(x.dtype)
-        # of all chunks at the far border: r = span forward, r = 0 in reverse
-        far = (chunk.hi, 0.0, chunk.lo, 0.0) if reverse else (end.hi, chunk.hi, end.lo, chunk.lo)
-        whole = _weights(True, factor, power, *far)[..., None, :]
-    y = inner @ x  # [B, H, groups, span, F]
 
-    def totals():
-        return (whole @ x.astype(mx.float32))[..., 0, :]
-
-    if groups > 1:
-        upper = None
+    def __init__(
+        self, x, edges: Sums | None, power: float, first, factor: float = 1.0, reverse: bool = False
+    ):
+        B, H, self.N, F = x.shape
+        self.groups, self.span = _groups(self.N)
+        if self.groups * self.span != self.N:
+            x = mx.pad(x, [(0, 0), (0, 0), (0, self.groups * self.span - self.N), (0, 0)])
+        self.x = x.reshape(B, H, self.groups, self.span, F)
+        self.edges, self.power, self.first, self.factor, self.reverse = edges, power, first, factor, reverse
         if edges is not None:
-            upper = _edges(_clamped(edges.hi[..., -1], edges.lo[..., -1]))
-        carry, last = scan_states(totals(), upper, power, first, reverse=reverse)
-    else:
-        carry = None if first is None else first[:, :, None]
+            self.border = edges[..., 1:] if reverse else edges[..., :-1]
+            self.chunk = edges[..., :-1] if reverse else edges[..., 1:]
+        self.upper = None
+        if self.groups > 1:
+            totals = None
+            if edges is not None:
+                totals = _edges(_clamped(edges.hi[..., -1], edges.lo[..., -1]))
+            self.upper = ChunkScan(self._totals(), totals, power, first, reverse=reverse)
 
-        def last():
-            total = totals()[:, :, 0]
-            if first is None or edges is None:
-                return total if first is None else total + first
-            return _carried(total, first, power, edges.hi[:, :, 0, -1:], edges.lo[:, :, 0, -1:])
+    # With borders r = 0..span and running sums c_r (c_0 = 0), a group's chunks add
+    #   forward  s_r = Σ_{m<r} exp(c_r − c_{m+1}) x_m        reverse  e_r = Σ_{m≥r} exp(c_m − c_r) x_m
 
-    if carry is not None:
-        carry = carry[..., None, :]
-        if edges is None:
-            y = (y + carry).astype(x.dtype)
+    def _totals(self) -> mx.array:
+        """What each group adds up to at its far border, r = span (reverse: r = 0), in float32."""
+        if self.edges is None:
+            weights = triangle(1, self.span, self.span, mx.float32, self.factor)
         else:
-            left = Sums(end.hi - border.hi, end.lo - border.lo) if reverse else border
-            y = _carried(y, carry, power, left.hi[..., None], left.lo[..., None]).astype(x.dtype)
-    y = y.reshape(B, H, groups * span, F)
-    return (y if groups * span == N else y[:, :, :N]), last
+            end, chunk = self.edges[..., -1:], self.chunk
+            sums = (chunk.hi, 0.0, chunk.lo, 0.0) if self.reverse else (end.hi, chunk.hi, end.lo, chunk.lo)
+            weights = _weights(True, self.factor, self.power, *sums)[..., None, :]
+        return (weights @ self.x.astype(mx.float32))[..., 0, :]
+
+    def inner(self) -> mx.array:
+        x, edges, span = self.x, self.edges, self.span
+        if edges is None:
+            weights = triangle(span, span, -1, x.dtype, self.factor)
+            weights = weights.T if self.reverse else weights
+        else:
+            keep = triangle(span, span, -1, mx.bool_)
+            row, col = self.border[..., :, None], self.chunk[..., None, :]
+            if self.reverse:
+                keep, row, col = keep.T, col, row
+            sums = (row.hi, col.hi, row.lo, col.lo)
+            weights = _weights(keep, self.factor, self.power, *sums).astype(x.dtype)
+        y = weights @ x
+        if self.upper is not None:
+            carry = self.upper.inner()
+        else:
+            carry = None if self.first is None else self.first[:, :, None]
+        if carry is not None and edges is None:
+            y = (y + carry[..., None, :]).astype(x.dtype)
+        elif carry is not None:
+            left = self.border
+            if self.reverse:
+                left = Sums(edges.hi[..., -1:] - left.hi, edges.lo[..., -1:] - left.lo)
+            y = _carried(y, carry[..., None, :], self.power, left.hi[..., None], left.lo[..., None])
+            y = y.astype(x.dtype)
+        y = y.reshape(*y.shape[:2], -1, y.shape[-1])
+        return y if y.shape[2] == self.N else y[:, :, : self.N]
+
+    def last(self) -> mx.array:
+        if self.upper is not None:
+            return self.upper.last()
+        total = self._totals()[:, :, 0]
+        if self.first is None:
+            return total
+        if self.edges is None:
+            return total + self.first
+        end = self.edges[:, :, 0, -1:]
+        return _carried(total, self.first, self.power, end.hi, end.lo)
