@@ -102,8 +102,8 @@
 //# outputs: kt sums logs s_last
 //
 // entry [B, Hkv, NB, D, D] float32, any strides: S entering each block. ints: L. floats: scale, ridge.
-// kt [B, T, Hq, D] in TK: K~. sums [B, Hq, NB, D, DV], logs [B, Hq, NB, 2] float32 as linear_sums(K~, v)
-// with p = 2 gives them (logs for p = 1). s_last [B, Hkv, D, D] float32.
+// kt [B, T, Hq, D] in TK: K~. sums [B, Hq, NB - 1, D, DV], logs [B, Hq, NB - 1, 2] float32 of all blocks
+// but the last, as linear_sums(K~, v) with p = 2 gives them (logs for p = 1). s_last [B, Hkv, D, D] float32.
 // T, TK dtypes, D, DV widths, W chunk, NC stripe.
 // Threadgroup bytes: 2 W (D' + pad) sizeof(T) + 4 W (D' + 4) + 4 W (W + 4) + 16 W.
 //# body
@@ -123,6 +123,7 @@
   const int col0 = 8 * NC * simdgroup;
   const float scale = floats[0], ridge = floats[1];
   const Walk walk = block_walk<false>(block, ints[0], total);
+  const bool summed = block < blocks - 1;
 
   const long q_base = batch * q_strides[0] + head * q_strides[2];
   const long k_base = batch * k_strides[0] + kv * k_strides[2];
@@ -163,16 +164,21 @@
     tile_decay_to_end(right, cum, 1.0f, 1.0f, at);
     tile_scale(s, decay_since_start(cum[W - 1], 1.0f));
     tile_mma<K, R, NC, true, false>(s, ks, LD, right, at);  // S = b_W S + K^T (b_W / b) K
-    tile_read(right, v + v_base + t * v_strides[1], int(v_strides[1]), int(v_strides[3]), rows, DV - col0, at);
-    tile_decay_to_end(right, cum, 2.0f, 1.0f, at);
-    tile_scale(f, decay_since_start(cum[W - 1], 2.0f));
-    whole += cum[W - 1];
+    if (summed) {
+      tile_read(right, v + v_base + t * v_strides[1], int(v_strides[1]), int(v_strides[3]), rows, DV - col0, at);
+      tile_decay_to_end(right, cum, 2.0f, 1.0f, at);
+      tile_scale(f, decay_since_start(cum[W - 1], 2.0f));
+      whole += cum[W - 1];
+    }
     sync_threadgroup();
-    tile_mma<K, R, NC, true, false>(f, kts, LDK, right, at);  // F = b_W^2 F + K~^T (b_W / b)^2 V
+    // F = b_W^2 F + K~^T (b_W / b)^2 V
+    if (summed) tile_mma<K, R, NC, true, false>(f, kts, LDK, right, at);
   }
-  if (block == blocks - 1 && head % (hq / hkv) == 0) {
+  if (!summed && head % (hq / hkv) == 0) {
     tile_write<float>(s, s_last + (long(batch) * hkv + kv) * (D * D) + col0, D, 1, D, D - col0, at);
   }
-  const long slot = long(bh) * blocks + block;
-  tile_write<float>(f, sums + slot * (D * DV) + col0, DV, 1, D, DV - col0, at);
-  if (thread_index < 2) logs[2 * slot + thread_index] = whole[thread_index];
+  if (summed) {
+    const long slot = long(bh) * (blocks - 1) + block;
+    tile_write<float>(f, sums + slot * (D * DV) + col0, DV, 1, D, DV - col0, at);
+    if (thread_index < 2) logs[2 * slot + thread_index] = whole[thread_index];
+  }

@@ -52,7 +52,8 @@ METAL_FUNC float walk_decay(G g, long step, Walk walk, int u, int total) {
 // sums [B, Hs, M, DY, DZ] float32: write times the sum over the block's tokens of
 // (decay to its end)^p y_t z_t^T.
 // logs [B, Hs, M, 2] float32: log decay over the block in two parts (p = 1).
-// TY dtype, DY, DZ widths, W chunk, NC stripe, REV.
+// TY dtype, DY, DZ widths, W chunk, NC stripe, REV; SAME: z is y, which is read once, and the sum is
+// symmetric: only its upper triangle of blocks is computed.
 // Threadgroup bytes: W (DY' + pad) sizeof(TY) + 8 W.
 //# body
   constexpr int K = (DY + 7) / 8, R = W / 8, LD = 8 * K + 16 / sizeof(TY);
@@ -87,16 +88,28 @@ METAL_FUNC float walk_decay(G g, long step, Walk walk, int u, int total) {
     }
     sync_threadgroup();
     Tile<R, NC> zs;
-    tile_read(zs, z + z_base + t * z_strides[1], walk.step * int(z_strides[1]), int(z_strides[3]), rows, DZ - col0,
-              at);
+    if (SAME) {
+      tile_read(zs, ys + col0, LD, 1, W, 8 * K - col0, at);
+    } else {
+      tile_read(zs, z + z_base + t * z_strides[1], walk.step * int(z_strides[1]), int(z_strides[3]), rows,
+                DZ - col0, at);
+    }
     tile_decay_to_end(zs, cum, power, write, at);
     tile_scale(state, decay_since_start(cum[W - 1], power));
-    tile_mma<K, R, NC, true, false>(state, ys, LD, zs, at);  // S = b_W S + write Y^T (b_W / b) Z
+    if (SAME) {
+      tile_mma_upper<K, R, NC>(state, ys, LD, zs, col0 / 8, at);
+    } else {
+      tile_mma<K, R, NC, true, false>(state, ys, LD, zs, at);  // S = b_W S + write Y^T (b_W / b) Z
+    }
     whole += cum[W - 1];
     sync_threadgroup();
   }
   const long slot = long(bh) * blocks + block;
-  tile_write<float>(state, sums + slot * (DY * DZ) + col0, DZ, 1, DY, DZ - col0, at);
+  if (SAME) {
+    tile_write_symmetric(state, sums + slot * (DY * DZ), DZ, col0, at);
+  } else {
+    tile_write<float>(state, sums + slot * (DY * DZ) + col0, DZ, 1, DY, DZ - col0, at);
+  }
   if (thread_index < 2) logs[2 * slot + thread_index] = whole[thread_index];
 
 //# kernel linear_scan

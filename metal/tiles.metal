@@ -178,6 +178,44 @@ METAL_FUNC void tile_mma(thread Tile<R, C>& c, P a, int ld, thread Tile<K, C>& b
   }
 }
 
+// The same for c += A^T b where the result is symmetric and c its columns from block `col` on: the blocks
+// below the diagonal are left out.
+template <int R, int K, int C, typename P>
+METAL_FUNC void tile_mma_upper(thread Tile<R, C>& c, P a, int ld, thread Tile<K, C>& b, int col, Spot at) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    if (r < col + C) {
+      HLA_UNROLL
+      for (int k = 0; k < K; k++) {
+        Frag x = frag_read<true>(a + 8 * k * ld + 8 * r, ld, at);
+        HLA_UNROLL
+        for (int j = 0; j < C; j++) {
+          if (r <= col + j) frag_mma(c.f[r][j], x, b.f[k][j]);
+        }
+      }
+    }
+  }
+}
+
+// Write what tile_mma_upper made, and its mirror image, to a size x size matrix at p.
+template <int R, int C, typename P>
+METAL_FUNC void tile_write_symmetric(thread Tile<R, C>& t, P p, int size, int col0, Spot at) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    HLA_UNROLL
+    for (int c = 0; c < C; c++) {
+      int row = 8 * r + at.row, col = col0 + 8 * c + at.col, diagonal = col0 + 8 * c - 8 * r;
+      float2 pair = frag_get(t.f[r][c]);
+      for (int e = 0; e < 2; e++) {
+        if (diagonal >= 0 && row < size && col + e < size) {
+          p[row * size + col + e] = pair[e];
+          if (diagonal > 0) p[(col + e) * size + row] = pair[e];
+        }
+      }
+    }
+  }
+}
+
 // This lane's part of the sum of all products of two tiles' elements; of one row of
 // fragments, row_sum makes the rows' sums of it.
 template <int R, int C>

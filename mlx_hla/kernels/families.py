@@ -1,4 +1,4 @@
-"""The operators, differentiable, from the launches of `passes`, `hla2` and `step`."""
+"""The operators, differentiable, from the launches of `passes`, `second_order` and `one_token`."""
 
 # B batch, T time, Hq query heads, Hkv key-value heads, D key dim, DV value dim
 
@@ -8,9 +8,8 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-from . import hla2 as second
-from . import passes
-from . import step as one
+from . import one_token, passes
+from . import second_order as second
 from .plan import fused, segments
 
 State = tuple[mx.array, ...]
@@ -126,7 +125,7 @@ def _step(family: str, scale: float, ridge: float, decay: bool):
 
     @mx.custom_function
     def run(q, k, v, g, *state):
-        o, state = one.step(family, q, k, v, g, state, passes.floats(scale, ridge))
+        o, state = one_token.step(family, q, k, v, g, state, passes.floats(scale, ridge))
         return o, *state
 
     @run.vjp

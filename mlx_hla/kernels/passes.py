@@ -43,6 +43,7 @@ def block_sums(y, z, g, cut: Blocks, factors, rev: bool, skip: int = 1) -> tuple
             ("W", chunk_width([(DY, y.dtype)])),
             ("NC", STRIPE),
             ("REV", rev),
+            ("SAME", y is z),
         ],
         output_shapes=[(B, S, N, DY, DZ), (B, S, N, 2)],
         output_dtypes=[mx.float32, mx.float32],

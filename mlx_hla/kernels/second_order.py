@@ -42,13 +42,13 @@ def walk(q, k, v, g, S, F, scale: float, ridge: float):
 
 
 def middle(q, k, v, g, entry, cut: Blocks, scale: float, ridge: float):
-    """(K̃, what each block adds to F, its log decay, S after the last token)."""
+    """(K̃, what each block but the last adds to F, its log decay, S after the last token)."""
     (B, T, Hq, D), DV, Hkv, N = q.shape, v.shape[3], k.shape[2], cut.count
     template, threads = _template(q, v)
     return kernel("hla2", "hla2_middle")(
         inputs=[q, k, v, g, entry, ints(cut.length), floats(scale, ridge)],
         template=[*template, ("TK", between(q.dtype))],
-        output_shapes=[(B, T, Hq, D), (B, Hq, N, D, DV), (B, Hq, N, 2), (B, Hkv, D, D)],
+        output_shapes=[(B, T, Hq, D), (B, Hq, N - 1, D, DV), (B, Hq, N - 1, 2), (B, Hkv, D, D)],
         output_dtypes=[between(q.dtype), mx.float32, mx.float32, mx.float32],
         grid=(threads, N, B * Hq),
         threadgroup=(threads, 1, 1),
@@ -65,9 +65,8 @@ def forward(q, k, v, g, S, F, scale: float, ridge: float, cut: Blocks | None = N
     borders = passes.border_states(*passes.block_sums(k, k, g, cut, one, False), S, one, False)
     kt, sums, logs, S = middle(q, k, v, g, borders, cut, scale, ridge)
     borders = passes.border_states(sums, logs, F, two, False)
-    # The last border is F after the last token, made from K̃ before it was rounded.
-    o, _ = passes.outputs(q, kt, v, g, borders[:, :, :-1], cut, two, False, q.dtype)
-    return o, S, borders[:, :, -1]
+    o, F = passes.outputs(q, kt, v, g, borders, cut, two, False, q.dtype)
+    return o, S, F
 
 
 def gradients(q, k, v, g, S, F, do, dS, dF, scale: float, ridge: float, decay: bool):
