@@ -1,1 +1,1 @@
-"""A stand-in for Metal: runs the kernels of `mx.fast.metal_kernel` on a CPU, watching every step. See README.md."""
+"""A stand-in for Metal: `mx.fast.metal_kernel`'s kernels on a CPU, every step watched. See README.md."""

@@ -1,13 +1,14 @@
 """The tool chain: clang and lld out of the PyPI package `ziglang`, and a cache of what they made.
 
-Everything lands in one folder of the machine's temporary directory (or $MLX_HLA_STANDIN_CACHE), under names that hash
-what it was made from, so a second run compiles nothing and several processes may share it.
+Everything lands in one folder of the machine's temporary directory (or $MLX_HLA_STANDIN_CACHE), under
+names that hash what it was made from, so a second run compiles nothing and several processes may share it.
 """
 
 import hashlib
 import importlib.util
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -19,23 +20,24 @@ from .errors import MetalCompileError
 
 HERE = Path(__file__).parent
 
-FRONT = (
-    "-x cl -cl-std=clc++2021 -cl-no-stdinc -Xclang -fno-builtin -Xclang -fnative-half-arguments-and-returns "
-    "-Xclang -cl-ext=-all,+cl_khr_fp16,+__opencl_c_generic_address_space -Xclang -ffake-address-space-map --target=x86_64-linux-gnu -march=x86-64-v3 "
-    "-fPIC -ffp-contract=off -fno-strict-aliasing -ferror-limit=8 -O1 -Xclang -disable-llvm-passes "
-    "-fno-math-errno -Wno-unknown-attributes -Wimplicit-float-conversion -Xclang -fbfloat16-excess-precision=none "
-    "-Xclang -ffloat16-excess-precision=none -gline-tables-only -gcolumn-info -fno-discard-value-names"
-).split()
+FRONT = shlex.split(
+    "-x cl -cl-std=clc++2021 -cl-no-stdinc --target=x86_64-linux-gnu -march=x86-64-v3 -fPIC "
+    "-Xclang -cl-ext=-all,+cl_khr_fp16,+__opencl_c_generic_address_space -Xclang -ffake-address-space-map "
+    "-Xclang -fno-builtin -Xclang -fnative-half-arguments-and-returns -O1 -Xclang -disable-llvm-passes "
+    "-ffp-contract=off -fno-math-errno -fno-strict-aliasing -Xclang -fbfloat16-excess-precision=none "
+    "-Xclang -ffloat16-excess-precision=none -gline-tables-only -gcolumn-info -fno-discard-value-names "
+    "-ferror-limit=8 -Wno-unknown-attributes -Wimplicit-float-conversion"
+)
 # The checked mode: private variables start as NaN patterns; array bounds and integer divisions are guarded.
-WATCHED = (
+WATCHED = shlex.split(
     "-ftrivial-auto-var-init=pattern -fsanitize=array-bounds,integer-divide-by-zero -fsanitize-trap=all "
     "-fno-sanitize-merge"
-).split()
-BACK = "-x ir --target=x86_64-linux-gnu -fPIC -Wno-override-module".split()
-RUNTIME = (
+)
+BACK = ["-x", "ir", "--target=x86_64-linux-gnu", "-fPIC", "-Wno-override-module"]
+RUNTIME = shlex.split(
     "-x c++ -std=c++17 -target x86_64-linux-gnu.2.17 -O2 -march=x86_64_v3 -fPIC -fno-exceptions -fno-rtti "
     "-fno-sanitize=undefined -fno-math-errno -fvisibility=hidden -Wall -Wextra -Werror"
-).split()
+)
 
 
 def why_not():

@@ -1,9 +1,9 @@
 """Watch a kernel: rules checked and hooks inserted in clang's unoptimised LLVM text.
 
-With clang's "fake" address-space map the intermediate code still says which memory each access goes to: addrspace(1)
-is device, (3) threadgroup, (2) constant, (4) unknown, none is private. So hooks go exactly where the source reads or
-writes shared memory, before the optimiser can merge anything, and private variables cost nothing. Afterwards the
-address spaces are erased and the text is ordinary x86 code.
+With clang's "fake" address-space map the intermediate code still says which memory each access goes to:
+addrspace(1) is device, (3) threadgroup, (2) constant, (4) unknown, none is private. So hooks go exactly where
+the source reads or writes shared memory, before the optimiser can merge anything, and private variables cost
+nothing. Afterwards the address spaces are erased and the text is ordinary x86 code.
 """
 
 import re
@@ -84,9 +84,10 @@ def check(text):
         for variable in re.findall(r"^  %([\w.]+) = alloca ptr addrspace\(4\)", body, re.M):
             variable = variable.removesuffix(".addr")
             if variable and not re.match(r"this$|ref\.tmp|agg\.tmp|tmp|retval|__range", variable):
+                line = places.site(place.group(1)) >> 10
                 raise MetalCompileError(
-                    f"kernel.metal:{places.site(place.group(1)) >> 10}: `{variable}` is a pointer or reference without "
-                    "an address space (device, threadgroup, constant or thread)"
+                    f"kernel.metal:{line}: `{variable}` is a pointer or reference without an address space "
+                    "(device, threadgroup, constant or thread)"
                 )
     done = set()
 
@@ -103,7 +104,7 @@ def check(text):
 
 
 def _watch(body, places):
-    """One function's text with hooks before each access to shared memory and a count of scalar multiplications."""
+    """One function's text with hooks before accesses to shared memory, and a count of scalar products."""
     out, block_start, macs, serial = [], None, 0, 0
 
     def finish_block():

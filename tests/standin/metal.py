@@ -11,6 +11,8 @@ def test_something(monkeypatch):
 
 import contextlib
 import dataclasses
+import functools
+import math
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -128,8 +130,8 @@ def counters():
 def install(monkeypatch, **changes):
     """Make the stand-in serve `mx.fast.metal_kernel` for one test; `changes` are Options.
 
-    Whatever has been built from the real one before is the library's to forget. `mx.compile` is switched off: a
-    kernel here runs at once, on values that a compiled function does not have while it is traced.
+    Whatever has been built from the real one before is the library's to forget. `mx.compile` is switched off:
+    a kernel here runs at once, on values that a compiled function does not have while it is traced.
     """
     global _options
     monkeypatch.setattr(mx.fast, "metal_kernel", metal_kernel)
@@ -151,32 +153,41 @@ def _host_view(a):
     return np.asarray(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a)
 
 
+@functools.cache
+def _allocation_offset():
+    """Address modulo 16 of a fresh allocation of MLX on the CPU; on a GPU it is 0."""
+    fresh = mx.zeros(1024) + 1
+    mx.eval(fresh)
+    return _host_view(fresh).ctypes.data % 16
+
+
 def _bind_input(name, a, contiguous):
-    """Bytes and stride table of one input, as MLX would bind it on a GPU."""
+    """{buffer: (bytes, granule, address modulo 16, offset of the first element)} as MLX binds one input."""
     v = _host_view(a)
     if contiguous and not v.flags.c_contiguous:
         for c in _listeners:
             c.copies += 1
             c.copied_bytes += v.nbytes
         v = np.ascontiguousarray(v)
-    low, high = np.lib.array_utils.byte_bounds(v) if v.size else (0, 0)
-    first = v.ctypes.data
-    if first != low:
-        raise MetalError(f"[standin] input `{name}` has negative strides, which the stand-in does not serve")
+        misalign = 0
+    else:
+        misalign = (v.ctypes.data - _allocation_offset()) % 16
+    lead = 0
     if v.flags.c_contiguous:
         data = v.tobytes()
-    else:  # what lies between the elements is not the kernel's to read: poison
-        span = np.full(high - low, 0xFF, np.uint8).tobytes()
-        room = np.frombuffer(bytearray(span), np.uint8)
-        np.lib.stride_tricks.as_strided(
-            room.view(v.dtype) if room.size % v.itemsize == 0 else room, v.shape, v.strides
-        )[...] = v
+    else:
+        low, high = np.lib.array_utils.byte_bounds(v)
+        lead = v.ctypes.data - low  # not 0 where a stride is negative
+        # What lies between the elements is not the kernel's to read: poison.
+        room = np.full((high - low) // v.itemsize, -1, f"i{v.itemsize}").view(v.dtype)
+        np.lib.stride_tricks.as_strided(room[lead // v.itemsize :], v.shape, v.strides)[...] = v
         data = room.tobytes()
-    bound = {name: (data, max(v.itemsize, 1), first % 16 if v.size else 0)}
+    bound = {name: (data, v.itemsize, (misalign - lead) % 16, lead)}
     if a.ndim:
-        bound[f"{name}_shape"] = (np.array(v.shape, np.int32).tobytes(), 4, 0)
-        bound[f"{name}_strides"] = (np.array([s // v.itemsize for s in v.strides], np.int64).tobytes(), 8, 0)
-        bound[f"{name}_ndim"] = (np.array(a.ndim, np.int32).tobytes(), 4, 0)
+        tables = {"shape": (v.shape, np.int32), "strides": ([s // v.itemsize for s in v.strides], np.int64)}
+        tables["ndim"] = (a.ndim, np.int32)
+        for suffix, (values, kind) in tables.items():
+            bound[f"{name}_{suffix}"] = (np.array(values, kind).tobytes(), kind().itemsize, 0, 0)
     return bound
 
 
@@ -204,8 +215,8 @@ class Kernel:
         )  # fmt: skip
         self.programs = {}
 
-    def __call__(self, *, inputs, output_shapes, output_dtypes, grid, threadgroup, template=None, init_value=None,
-                 verbose=False, stream=None):  # fmt: skip
+    def __call__(self, *, inputs, output_shapes, output_dtypes, grid, threadgroup, template=None,
+                 init_value=None, verbose=False, stream=None):  # fmt: skip
         arrays = [a if isinstance(a, mx.array) else mx.array(a) for a in inputs]
         keywords = {
             "output_shapes": [tuple(s) for s in output_shapes], "output_dtypes": list(output_dtypes),
@@ -214,7 +225,7 @@ class Kernel:
         if template:
             keywords["template"] = template
 
-        # A kernel on a GPU has no gradient and says so; values computed here would silently count as constants.
+        # A kernel on a GPU has no gradient and says so; values computed here would silently be constants.
         @mx.custom_function
         def primitive(*arrays):
             return self._run(list(arrays), keywords, init_value, verbose)
@@ -250,27 +261,35 @@ class Kernel:
             output = name in shapes
             if output:
                 granule = np.dtype(_NUMPY[dtypes[name]]).itemsize
-                size = granule * int(np.prod(shapes[name], dtype=np.int64))
+                size = granule * math.prod(shapes[name])
                 data = None
                 if init_value is not None:
                     data = _host_view(mx.full(shapes[name], init_value, dtypes[name])).tobytes()
-                misalign = 0
+                misalign = lead = 0
             else:
-                data, granule, misalign = bound[name]
+                data, granule, misalign, lead = bound[name]
                 size = len(data)
             buffers.append(
-                {"data": data, "size": size, "output": output, "granule": granule, "misalign": misalign}
+                {
+                    "data": data,
+                    "size": size,
+                    "output": output,
+                    "granule": granule,
+                    "misalign": misalign,
+                    "lead": lead,
+                }
             )
         o = _options
         job = {
-            "path": str(path), "buffers": buffers, "grid": keywords["grid"], "threadgroup": keywords["threadgroup"],
+            "path": str(path), "buffers": buffers,
+            "grid": keywords["grid"], "threadgroup": keywords["threadgroup"],
             "options": (o.checked, SCHEDULES.index(o.schedule), o.seed, o.strict_writes, o.early_exit),
         }  # fmt: skip
         reply, ended = CHILD.launch(job, o.time_limit)
         if ended:
             error, site = ended
             raise type(error)(f"[{self.name}] {error}{_place(site, program)}")
-        self._judge(program, reply, dtypes)
+        self._judge(program, reply, dtypes, o.checked, init_value is not None)
         for c in _listeners:
             c._add(self.name, program.buffers, reply["counts"])
         results = {}
@@ -281,17 +300,25 @@ class Kernel:
                 results[name] = results[name].view(mx.bfloat16)
         return [results[n] for n in self.outputs]
 
-    def _judge(self, program, reply, dtypes):
+    def _judge(self, program, reply, dtypes, checked, initialised):
         if reply["message"]:
             message = reply["message"]
             for i, name in enumerate(program.buffers):
                 message = message.replace(f"#{i}#", f"`{name}`")
             raise MetalError(f"[{self.name}] {message}{_place(reply['site'], program)}")
+        outputs = iter(reply["outputs"])
         for i, name in enumerate(program.buffers):
-            if n := reply["counts"]["unwritten"][i]:
-                first = reply["counts"]["first_unwritten"][i]
+            if name not in dtypes:
+                continue
+            data, kind = next(outputs), _NUMPY[dtypes[name]]
+            n, first = reply["counts"]["unwritten"][i], reply["counts"]["first_unwritten"][i]
+            if not checked and not initialised and mx.issubdtype(dtypes[name], mx.floating):
+                # Poison left in place: a NaN that no arithmetic makes, though copying poison does.
+                poison = np.frombuffer(data, f"i{kind().itemsize}") == -1
+                n, first = int(poison.sum()), int(poison.argmax()) if poison.any() else 0
+            if n:
                 raise MetalError(
-                    f"[{self.name}] {n} elements of output `{name}` were never written, the first at index {first}"
+                    f"[{self.name}] output `{name}`: {n} elements never written, the first at index {first}"
                 )
 
 

@@ -1,4 +1,4 @@
-"""The parent's side of the child process: a launch has a time limit, and a crash is an error like any other."""
+"""The parent's side of the child process: launches have a time limit, a crash is an error like any other."""
 
 import atexit
 import os
@@ -24,7 +24,7 @@ class Child:
         self.owner = None
 
     def _start(self):
-        self.words = tempfile.TemporaryFile()
+        self.words = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-I", str(Path(__file__).with_name("worker.py")), str(build.runtime())],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.words,

@@ -1,8 +1,8 @@
 """From MLX's generated Metal source to C++ for OpenCL, which clang compiles with real address spaces.
 
-MLX writes a kernel's signature itself, from the names of inputs, the attributes that the body mentions and the
-template arguments. That text is taken from MLX, not imitated: tracing a call with `mx.export_function` produces it
-without a GPU. The rewriting keeps every line where it was, so that messages name the lines of the Metal source.
+MLX writes a kernel's signature itself, from the names of inputs, the attributes that the body mentions and
+the template arguments. That text is taken from MLX, not imitated: tracing a call with `mx.export_function`
+produces it without a GPU. The rewriting keeps every line in its place, for the messages.
 """
 
 import re
@@ -100,16 +100,17 @@ def _rewrite_arrays(text, kernel_start):
 
     def replace(m):
         nonlocal count
-        line = text[: m.start()].count("\n") + 1
+        body = m.group(2)
+        plain = re.sub(r"\[[^\]]*\]|<[^;]*>", "", body)
+        if re.search(r"[*&]", plain.split("=")[0]):  # a pointer or a reference
+            return m.group(0)
+        line = text[: m.start(2)].count("\n") + 1
         if m.start() < kernel_start:
             raise MetalCompileError(
                 f"kernel.metal:{line}: threadgroup memory is declared in kernel functions only"
             )
-        body = m.group(2)
-        if re.search(r"[*&=]", re.sub(r"\[[^\]]*\]|<[^;]*>", "", body)):
-            if "=" in re.sub(r"\[[^\]]*\]|<[^;]*>", "", body) and not re.search(r"[*&]", body.split("=")[0]):
-                raise MetalCompileError(f"kernel.metal:{line}: threadgroup variables take no initialiser")
-            return m.group(0)  # a pointer or a reference
+        if "=" in plain:
+            raise MetalCompileError(f"kernel.metal:{line}: threadgroup variables take no initialiser")
         first, *rest = _split(body)
         m2 = re.match(r"(?s)\s*(.*?)(\w+)\s*((?:\[.*\])?)\s*$", first)
         kind = m2.group(1).strip()
@@ -155,7 +156,8 @@ def prepare(metal):
         r"(?<![\w:])(?:metal::)?(vec<[^<>;(){}]+>)\s*\((?!\s*\))", r"metal::make_vec<metal::\1>(", text
     )
     wrapper = (
-        '\n#line 1 "wrapper"\nextern "C" void msl_entry(thread const ulong* b, thread const msl_position* at) {\n'
+        '\n#line 1 "wrapper"\n'
+        'extern "C" void msl_entry(thread const ulong* b, thread const msl_position* at) {\n'
         f"  {name}{arguments}({', '.join(values)});\n}}\n"
     )
     return Program(metal, f'#line 1 "kernel.metal"\n{text}{wrapper}', tuple(buffers))

@@ -1,7 +1,7 @@
-"""The child process: loads the runtime and runs launches, one pickled job from stdin to one pickled reply on stdout.
+"""The child process: loads the runtime and runs launches, a pickled job on stdin, a pickled reply on stdout.
 
-A script of its own with nothing but the standard library, so that it starts in a few milliseconds and a kernel that
-kills it takes nothing else along.
+A script of its own with nothing but the standard library, so that it starts in a few milliseconds and a
+kernel that kills it takes nothing else along.
 """
 
 import ctypes
@@ -13,15 +13,18 @@ BUFFERS = 64
 # Must match runtime.h's Counts.
 PER_BUFFER = ("read", "written", "unique_read", "unique_written")
 TOTALS = (
-    "threadgroup_read threadgroup_written threadgroup_bytes matrix_multiplies scalar_macs barriers "
-    "simdgroup_barriers simd_ops same_value_writes threadgroups threads"
-).split()
+    "threadgroup_read", "threadgroup_written", "threadgroup_bytes", "matrix_multiplies", "scalar_macs",
+    "barriers", "simdgroup_barriers", "simd_ops", "same_value_writes", "threadgroups", "threads",
+)  # fmt: skip
+
+
+BUFFER_FLAGS = ("output", "initialised", "granule", "misalign", "lead", "unused")
 
 
 class Buffer(ctypes.Structure):
     _fields_ = (
         [("data", ctypes.c_char_p), ("size", ctypes.c_uint64)]
-        + [(n, ctypes.c_uint32) for n in ("output", "initialised", "granule", "misalign")]
+        + [(n, ctypes.c_uint32) for n in BUFFER_FLAGS]
         + [(n, ctypes.c_void_p) for n in ("base", "cells", "touched")]
     )
 
@@ -51,9 +54,8 @@ class Machine:
         outputs = (ctypes.c_void_p * len(specs))()
         results = []
         for i, b in enumerate(specs):
-            buffers[i] = Buffer(
-                b["data"], b["size"], b["output"], b["data"] is not None, b["granule"], b["misalign"]
-            )
+            flags = b["output"], b["data"] is not None, b["granule"], b["misalign"], b["lead"]
+            buffers[i] = Buffer(b["data"], b["size"], *flags)
             if b["output"]:
                 results.append(ctypes.create_string_buffer(max(b["size"], 1)))
                 outputs[i] = ctypes.addressof(results[-1])
@@ -61,8 +63,8 @@ class Machine:
         counts, message, site = Counts(), ctypes.create_string_buffer(2048), ctypes.c_uint32()
         sizes = [(ctypes.c_uint32 * 3)(*job[k]) for k in ("grid", "threadgroup")]
         failed = self.runtime.msl_launch(
-            self.kernels[path], options, buffers, len(specs), *sizes, outputs, ctypes.byref(counts), message, 2048,
-            ctypes.byref(site),
+            self.kernels[path], options, buffers, len(specs), *sizes, outputs, ctypes.byref(counts),
+            message, len(message), ctypes.byref(site),
         )  # fmt: skip
         counted = {
             n: list(getattr(counts, n))[: len(specs)] for n in (*PER_BUFFER, "unwritten", "first_unwritten")

@@ -77,7 +77,7 @@ EXPORT int msl_launch(Kernel entry, const Options* chosen, Buffer* bound, u32 bo
   epoch[0] = epoch[1] = 1;  // 1 stands for "before the launch"
   seed_random(options.seed);
   if (options.checked) checker_begin_launch();
-  for (u32 i = 0; i < buffer_count; i++) addresses[i] = (u64)place_buffer(i, buffers[i]);
+  for (u32 i = 0; i < buffer_count; i++) addresses[i] = (u64)place_buffer(i, buffers[i]) + buffers[i].lead;
   const bool good = run_groups(grid, group_size);
   if (good && options.checked) checker_end_launch();
   for (u32 i = 0; i < buffer_count; i++)

@@ -60,7 +60,8 @@ struct Cell {
 struct Buffer {
   const void* data;  // initial bytes, or null
   u64 size;
-  u32 output, initialised, granule, misalign;  // misalign: address modulo 16 that the caller's array has
+  u32 output, initialised, granule;
+  u32 misalign, lead, unused;  // address modulo 16, and byte offset of element 0, that the caller's array has
   // filled in by the launch
   u8* base;
   Cell* cells;
