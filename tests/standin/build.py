@@ -33,7 +33,16 @@ WATCHED = shlex.split(
     "-ftrivial-auto-var-init=pattern -fsanitize=array-bounds,integer-divide-by-zero -fsanitize-trap=all "
     "-fno-sanitize-merge"
 )
-BACK = ["-x", "ir", "--target=x86_64-linux-gnu", "-fPIC", "-Wno-override-module"]
+BACK = [
+    "-x",
+    "ir",
+    "--target=x86_64-linux-gnu",
+    "-fPIC",
+    "-Wno-override-module",
+    "-fno-unroll-loops",
+    "-fno-vectorize",
+    "-fno-slp-vectorize",
+]
 RUNTIME = shlex.split(
     "-x c++ -std=c++17 -target x86_64-linux-gnu.2.17 -O2 -march=x86_64_v3 -fPIC -fno-exceptions -fno-rtti "
     "-fno-sanitize=undefined -fno-math-errno -fvisibility=hidden -Wall -Wextra -Werror"

@@ -67,13 +67,14 @@ def generated(kernel, inputs, keywords):
     return found[0]
 
 
-def _blank(match):
-    return re.sub(r"[^\n]", " ", match.group(0))
+def without_comments(text, strings=True):
+    """Comments blanked (and strings, if not to be kept), every other character in its place."""
 
+    def blank(m):
+        keep = strings and m.group(0).startswith('"')
+        return m.group(0) if keep else re.sub(r"[^\n]", " ", m.group(0))
 
-def without_comments(text):
-    """Comments and strings blanked, every other character in its place."""
-    return re.sub(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', _blank, text, flags=re.S)
+    return re.sub(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', blank, text, flags=re.S)
 
 
 def _check_words(text):
@@ -127,8 +128,8 @@ def _rewrite_arrays(text, kernel_start):
 
 def prepare(metal):
     """Turn MLX's Metal source into a Program."""
+    _check_words(without_comments(metal, strings=False))
     text = without_comments(metal)
-    _check_words(text)
     text = re.sub(r"(?m)^[ \t]*#\s*include\s*<metal_\w+>.*$|^[ \t]*#pragma METAL.*$", "", text)
     # The explicit instantiation: the wrapper below names the template arguments instead.
     instances = list(re.finditer(r"template\s*\[\[host_name\([^\n]*", text))
