@@ -245,6 +245,19 @@ def test_gradient_of_a_bare_kernel_is_refused_and_a_custom_function_works(monkey
         assert mx.allclose(mx.grad(f)(x), want)
 
 
+def test_a_traced_call_is_refused():
+    f = lambda x: metal.metal_kernel("t", ["x"], ["y"], "y[thread_position_in_grid.x] = x[0];")(  # noqa: E731
+        inputs=[x], grid=(8, 1, 1), threadgroup=(8, 1, 1), output_shapes=[(8,)], output_dtypes=[mx.float32]
+    )[0]
+    for traced in (mx.compile(f), mx.vmap(f)):
+        with pytest.raises(metal.MetalError, match="needs values"):
+            traced(mx.zeros((2, 8)))
+
+
+def test_uninitialised_private_variables_are_poison():
+    assert np.isnan(run("float z[2]; y[thread_position_in_grid.x] = z[thread_position_in_grid.x % 2];")).all()
+
+
 @pytest.mark.parametrize("schedule", metal.SCHEDULES)
 def test_schedules_differ_and_repeat(schedule):
     """A racy kernel, unwatched, tells the schedules apart; the same schedule gives the same again."""
@@ -277,9 +290,12 @@ def test_counters():
     assert (c.threadgroup_bytes, c.threadgroup_written, c.threadgroup_read) == (256, 512, 1024)
     assert (c.matrix_multiplies, c.matrix_macs, c.scalar_macs) == (4, 2048, 128)
     assert (c.barriers, c.simdgroup_barriers, c.simd_ops) == (2, 4, 4)
-    with metal.counters() as again:
-        pass
-    assert again.launches == 0
+    with metal.counters() as inner:
+        run("y[thread_position_in_grid.x] = x[0];")
+        run("y[thread_position_in_grid.x] = x[1];", grid=64, threadgroup=32)
+    assert c.launches == 1
+    assert [one.threadgroups for one in inner.each] == [1, 2]
+    assert [one.written for one in inner.each] == [{"y": 256}] * 2
 
 
 def test_options_are_checked_and_undone():

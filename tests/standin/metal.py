@@ -76,12 +76,16 @@ class Counters:
     threads: int = 0
     copies: int = 0  # inputs copied because a kernel asked for contiguous ones
     copied_bytes: int = 0
+    each: list = field(default_factory=list)  # the Counters of every launch by itself
 
     @property
     def matrix_macs(self):
         return 512 * self.matrix_multiplies
 
-    def _add(self, name, buffers, counts):
+    def _add(self, name, buffers, counts, alone=True):
+        if alone:
+            self.each.append(Counters())
+            self.each[-1]._add(name, buffers, counts, alone=False)
         self.launches += 1
         self.kernels.append(name)
         for key, value in counts.items():
@@ -250,7 +254,14 @@ class Kernel:
         if verbose:
             print(program.metal)
         path = build.compile_kernel(program, _options.checked)
-        mx.eval(arrays)
+        try:
+            mx.eval(arrays)
+        except ValueError as e:
+            if "function transformations" not in str(e):
+                raise
+            raise MetalError(
+                f"[standin] a kernel here needs values, not what mx.compile or vmap trace: {e}"
+            ) from e
         bound = {}
         for name, a in zip(self.inputs, arrays, strict=True):
             bound |= _bind_input(name, a, self.contiguous)
