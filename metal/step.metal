@@ -14,8 +14,9 @@
 // contiguous. A threadgroup owns one key-value head and its G = Hq / Hkv query heads (grid B Hkv): lanes
 // go along a state's columns, simdgroups take its rows in turn. floats: scale (and ridge in hla2_step).
 //
-// T dtype, D, DV widths, G query heads per key-value head, NS simdgroups.
-// Threadgroup bytes: 4 (M (NS + 1 + G) + D + DV + G (D + M)), M = max(D, DV). Mirrors mlx_hla.ops.passes.Token.
+// T dtype, D, DV widths, G query heads per key-value head, NS simdgroups. PACKED (hla2_step, hla3_step): S is
+// symmetric and s, s_new hold its upper triangle row by row, [B, Hkv, 1, D (D + 1) / 2].
+// Threadgroup bytes: at most 4 (2 G D + D + 2 DV + NS M + G DV), M = max(D, DV). Mirrors mlx_hla.ops.passes.Token.
 
 // Where a state lies: its element (row, col) at p[base + row * row_step + col * col_step].
 struct Place {
@@ -75,6 +76,77 @@ METAL_FUNC void step_la(
   }
 }
 
+// The same for y = z and a symmetric state of which only the upper triangle lies in memory: element (row, col)
+// at from.base + (row D - row (row - 1) / 2 + col - row) from.col_step. What it adds to row `col` of the result
+// goes over the columns' sums as above, what its mirror image adds to row `row` over a sum along the row.
+template <int D, int G, int NS, typename P, typename Q>
+METAL_FUNC void step_la_packed(
+    P old_state, Place from, Q new_state, long to, float decay, threadgroup const float* y,
+    threadgroup const float* x, float scale, threadgroup float* part, threadgroup float* out, int simdgroup,
+    int lane) {
+  constexpr int CPL = (D + 31) / 32;
+  float sum[G][CPL];
+  HLA_UNROLL
+  for (int h = 0; h < G; h++) {
+    HLA_UNROLL
+    for (int c = 0; c < CPL; c++) sum[h][c] = 0.0f;
+  }
+  for (int row = simdgroup; row < D; row += NS) {
+    const int start = row * D - row * (row + 1) / 2;  // where column 0 of this row would lie
+    float mirrored[G];
+    HLA_UNROLL
+    for (int h = 0; h < G; h++) mirrored[h] = 0.0f;
+    HLA_UNROLL
+    for (int c = 0; c < CPL; c++) {
+      int col = lane + 32 * c;
+      if (row <= col && col < D) {
+        float s = decay * old_state[from.base + (start + col) * from.col_step] + y[row] * y[col];
+        new_state[to + start + col] = s;
+        HLA_UNROLL
+        for (int h = 0; h < G; h++) {
+          sum[h][c] += s * x[h * D + row];
+          if (row < col) mirrored[h] += s * x[h * D + col];
+        }
+      }
+    }
+    HLA_UNROLL
+    for (int h = 0; h < G; h++) {
+      float total = lanes_sum(mirrored[h]);
+      if (lane == 0) out[h * D + row] = total;
+    }
+  }
+  HLA_UNROLL
+  for (int h = 0; h < G; h++) {
+    HLA_UNROLL
+    for (int c = 0; c < CPL; c++) {
+      int col = lane + 32 * c;
+      if (col < D) part[simdgroup * D + col] = sum[h][c];
+    }
+    sync_threadgroup();
+    for (int col = 32 * simdgroup + lane; col < D; col += 32 * NS) {
+      float total = out[h * D + col];
+      for (int s = 0; s < NS; s++) total += part[s * D + col];
+      out[h * D + col] = scale * total;
+    }
+    sync_threadgroup();
+  }
+}
+
+// The step of the symmetric state S = LA(k, k) for the group's queries, packed or whole.
+template <bool PACKED, int D, int G, int NS, typename P, typename Q>
+METAL_FUNC void step_symmetric(
+    P old_state, Place from, Q new_state, int bh, float decay, threadgroup const float* k,
+    threadgroup const float* q, float scale, threadgroup float* part, threadgroup float* out, int simdgroup,
+    int lane) {
+  if (PACKED) {
+    step_la_packed<D, G, NS>(old_state, from, new_state, long(bh) * (D * (D + 1) / 2), decay, k, q, scale, part, out,
+                             simdgroup, lane);
+  } else {
+    step_la<D, D, G, NS>(old_state, from, new_state, long(bh) * (D * D), decay, k, k, q, scale, part, out, simdgroup,
+                         lane);
+  }
+}
+
 // dst = n heads of `width` elements, the first at src, in float; needs a barrier before it is read.
 template <typename P>
 METAL_FUNC void step_read(
@@ -122,8 +194,8 @@ METAL_FUNC void step_write(P dst, threadgroup const float* src, int count, int t
   step_read(ks, k + batch * k_strides[0] + kv * k_strides[1], 0, int(k_strides[2]), 1, D, thread_index, 32 * NS);
   step_read(vs, v + batch * v_strides[0] + kv * v_strides[1], 0, int(v_strides[2]), 1, DV, thread_index, 32 * NS);
   sync_threadgroup();
-  step_la<D, D, G, NS>(s, place_of(s_strides, batch, kv), s_new, long(bh) * D * D, decay, ks, ks, qs, scale, part,
-                       kts, simdgroup, lane);
+  step_symmetric<PACKED, D, G, NS>(s, place_of(s_strides, batch, kv), s_new, bh, decay, ks, qs, scale, part, kts,
+                                   simdgroup, lane);
   for (int i = thread_index; i < G * D; i += 32 * NS) kts[i] += scale * ridge * qs[i];
   sync_threadgroup();
   for (int h = 0; h < G; h++) {
@@ -173,8 +245,8 @@ METAL_FUNC void step_write(P dst, threadgroup const float* src, int count, int t
   step_read(ks, k + batch * k_strides[0] + kv * k_strides[1], 0, int(k_strides[2]), 1, D, thread_index, 32 * NS);
   step_read(vs, v + batch * v_strides[0] + kv * v_strides[1], 0, int(v_strides[2]), 1, DV, thread_index, 32 * NS);
   sync_threadgroup();
-  step_la<D, D, G, NS>(s, place_of(s_strides, batch, kv), s_new, long(bh) * D * D, decay, ks, ks, qs, scale, part,
-                       kts, simdgroup, lane);
+  step_symmetric<PACKED, D, G, NS>(s, place_of(s_strides, batch, kv), s_new, bh, decay, ks, qs, scale, part, kts,
+                                   simdgroup, lane);
   step_la<D, DV, G, NS>(p, place_of(p_strides, batch, kv), p_new, long(bh) * D * DV, decay, ks, vs, qs, scale, part,
                         rs, simdgroup, lane);
   for (int h = 0; h < G; h++) {

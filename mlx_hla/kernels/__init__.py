@@ -6,7 +6,7 @@ The interface for `mlx_hla.ops`. A family is one of `linear`, `hla2`, `ahla`, `h
     o, state = kernels.hla2(q, k, v, g, state, scale=1.0, ridge=0.0)     state (S, F)
     o, state = kernels.ahla(q, k, v, g, state, scale=1.0)                state (P, E)
     o, state = kernels.hla3(q, k, v, g, state, scale=1.0)                state (S, P, F)
-    o, state = kernels.step(family, q, k, v, g, state, scale=1.0, ridge=0.0)
+    o, state = kernels.step(family, q, k, v, g, state, scale=1.0, ridge=0.0, packed=False)
 
 - q `[B, T, Hq, D]`, k `[B, T, Hkv, D]`, v `[B, T, Hkv, DV]`, float16, bfloat16 or float32, any strides;
   a step takes them without T. g is None or float32 `[Hkv]` or `[B, T, Hkv]` (`[B, Hkv]` in a step).
@@ -15,6 +15,8 @@ The interface for `mlx_hla.ops`. A family is one of `linear`, `hla2`, `ahla`, `h
   token, g = 0 at the first token of a segment. Normalising: append a column of ones to v and divide; DV
   need not be a multiple of 8.
 - Differentiable in q, k, v, g and the state, through o and the returned state.
+- A step of hla2 or hla3 with `packed=True` takes and returns the symmetric S as its upper triangle,
+  `pack(S)` `[B, Hkv, D (D + 1) / 2]`; `unpack` is the inverse. Nearly half of S's bytes less.
 - `linear` takes operands of different dtypes and head counts and any decay power, so every other
   operator of `mlx_hla.ops` can be composed of it.
 
@@ -26,6 +28,18 @@ The interface for `mlx_hla.ops`. A family is one of `linear`, `hla2`, `ahla`, `h
 from __future__ import annotations
 
 from .families import ahla, hla2, hla3, linear, step
+from .one_token import pack, unpack
 from .serve import metal_available, prefers, why_not
 
-__all__ = ["ahla", "hla2", "hla3", "linear", "metal_available", "prefers", "step", "why_not"]
+__all__ = [
+    "ahla",
+    "hla2",
+    "hla3",
+    "linear",
+    "metal_available",
+    "pack",
+    "prefers",
+    "step",
+    "unpack",
+    "why_not",
+]
