@@ -14,10 +14,10 @@ class HLACache:
     offset: tokens read per row, int32 [B]; kept only by layers that rotate (`rope`), else None.
 
     Speaks mlx-lm's cache protocol: `state` (a tree of arrays, settable), `nbytes`, `empty`, `is_trimmable`
-    (False: a recurrence cannot forget its last tokens) and `from_state`. mlx-lm's `generate_step` takes it, and
-    `save_prompt_cache` saves it; `load_prompt_cache` looks a cache's class up in its own module, so set
-    `mlx_lm.models.cache.HLACache = HLACache` before it. Arrays are never changed in place: `copy.copy(cache)`
-    is a snapshot that costs nothing.
+    (False: a recurrence cannot forget its last tokens) and `from_state`. mlx-lm's `generate_step` takes
+    it, and `save_prompt_cache` saves it; `load_prompt_cache` looks a cache's class up in its own module, so
+    set `mlx_lm.models.cache.HLACache = HLACache` before it. Arrays are never changed in place, so
+    `copy.copy(cache)` is a snapshot that costs nothing.
     """
 
     def __init__(self):
