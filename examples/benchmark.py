@@ -5,10 +5,10 @@
     python examples/benchmark.py --decay gate --operators hla2 ahla
 
 Each row is one length. Times are medians in milliseconds; `x` is the time of causal
-`mx.fast.scaled_dot_product_attention` divided by the operator's in the same run. Each evaluation queues
-`--queue` independent calls, as the layers of a model do, so that a GPU's time is measured and not its
-launch; `--queue 1` adds the launch. Memory is the peak of one forward and backward, inputs included,
-divided by the bytes of q, k, v, o and their gradients.
+`mx.fast.scaled_dot_product_attention` divided by the operator's in the same run. On a GPU each evaluation
+queues up to `--queue` independent calls (fewer from 8,192 tokens on), as the layers of a model do, so that
+the GPU's time is measured and not the launch; `--queue 1` adds the launch. Memory is the peak of one
+forward and backward, inputs included, divided by the bytes of q, k, v, o and their gradients.
 """
 
 import argparse
@@ -48,8 +48,9 @@ def measure(attend, arrays, d_out, args) -> tuple[float, float, float]:
         return mx.vjp(attend, list(arrays), [d_out])
 
     forward, both = (mx.compile(f) if args.compile else f for f in (attend, both))
-    forward_ms = median_ms(lambda: forward(*arrays), args.queue, args.seconds)
-    both_ms = median_ms(lambda: both(*arrays), args.queue, args.seconds)
+    queue = max(1, min(args.queue, args.queue * 8192 // arrays[0].shape[1]))
+    forward_ms = median_ms(lambda: forward(*arrays), queue, args.seconds)
+    both_ms = median_ms(lambda: both(*arrays), queue, args.seconds)
     mx.synchronize()
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--decay", choices=["none", "head", "gate"], default="none")
     parser.add_argument("--backend", choices=["mlx", "metal"], help="default: the library's own choice")
     parser.add_argument("--seconds", type=float, default=0.5, help="per figure (default: 0.5)")
-    parser.add_argument("--queue", type=int, default=8 if gpu else 1, help="calls an evaluation")
+    parser.add_argument("--queue", type=int, default=32 if gpu else 1, help="calls an evaluation")
     parser.add_argument("--compile", action="store_true", help="measure under mx.compile")
     args = parser.parse_args()
     dtype = getattr(mx, args.dtype)
