@@ -60,11 +60,10 @@ class _Passes:
         if self.call.ones is None:
             return o.astype(dtype)
         o = o.astype(mx.float32)
-        # Eq. 3.4: o_t = num_t / (den_t + ε)
-        o = (o[..., :-1] / (o[..., -1:] + self.call.eps)).astype(dtype)
-        if self.call.mask is not None:  # with ε = 0 a masked token is 0 / 0
-            o = mx.where(self.call.mask[..., None, None], o, mx.zeros((), dtype))
-        return o
+        num, den = o[..., :-1], o[..., -1:] + self.call.eps
+        if self.call.mask is not None:  # with ε = 0 a masked token is 0 / 0, and so is its gradient
+            den = mx.where(self.call.mask[..., None, None], den, 1.0)
+        return (num / den).astype(dtype)  # Eq. 3.4: o_t = num_t / (den_t + ε)
 
 
 class Sequence(_Passes):
