@@ -1,0 +1,33 @@
+"""What tests of arrays share: random inputs and comparisons that say how far off a result is."""
+
+import mlx.core as mx
+import numpy as np
+
+
+def to_numpy(x):
+    """An MLX or NumPy array in float64; bfloat16 has no NumPy type of its own."""
+    return np.array(x.astype(mx.float32) if isinstance(x, mx.array) else x, np.float64)
+
+
+def relative(got, want):
+    """‖got − want‖ / ‖want‖ in the Frobenius norm; the plain norm of got where want is all zeros."""
+    got, want = to_numpy(got), to_numpy(want)
+    norm = np.linalg.norm(want)
+    return np.linalg.norm(got - want) / (norm if norm > 0 else 1.0)
+
+
+def assert_close(name, got, want, tol):
+    """Same shape, finite, and a relative Frobenius distance of at most tol."""
+    got, want = to_numpy(got), to_numpy(want)
+    assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
+    assert np.isfinite(got).all(), f"{name}: {(~np.isfinite(got)).sum()} of {got.size} are not finite"
+    error, distance = np.abs(got - want), relative(got, want)
+    assert distance <= tol, (
+        f"{name}: relative error {distance:.2e} > {tol:.1e}; max error {error.max():.2e}, "
+        f"mean {error.mean():.2e}, largest value {np.abs(want).max():.2e}"
+    )
+
+
+def normal(seed, *shape):
+    """Standard normal numbers, float64."""
+    return np.random.default_rng(seed).normal(size=shape)
