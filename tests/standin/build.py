@@ -82,7 +82,7 @@ def _own_hash():
     h = hashlib.sha256()
     for path in sorted([*HERE.glob("include/*.h"), *HERE.glob("runtime/*"), *HERE.glob("*.py")]):
         h.update(path.read_bytes())
-    h.update(zig().encode())
+    h.update(f"{zig()} {HERE}".encode())  # the precompiled prelude remembers paths
     return h.hexdigest()
 
 
@@ -131,6 +131,8 @@ def _prelude(flags):
             "-c",
             "-Xclang",
             "-emit-pch",
+            "-Xclang",
+            "-fno-pch-timestamp",
             header,
             "-o",
             made,

@@ -180,10 +180,11 @@ def _bind_input(name, a, contiguous):
     if v.flags.c_contiguous:
         data = v.tobytes()
     else:
-        low, high = np.lib.array_utils.byte_bounds(v)
-        lead = v.ctypes.data - low  # not 0 where a stride is negative
+        ends = [(n - 1) * stride for n, stride in zip(v.shape, v.strides, strict=True)]
+        lead = -sum(min(e, 0) for e in ends)  # bytes before element 0: not 0 where a stride is negative
+        span = lead + sum(max(e, 0) for e in ends) + v.itemsize
         # What lies between the elements is not the kernel's to read: poison.
-        room = np.full((high - low) // v.itemsize, -1, f"i{v.itemsize}").view(v.dtype)
+        room = np.full(span // v.itemsize, -1, f"i{v.itemsize}").view(v.dtype)
         np.lib.stride_tricks.as_strided(room[lead // v.itemsize :], v.shape, v.strides)[...] = v
         data = room.tobytes()
     bound = {name: (data, v.itemsize, (misalign - lead) % 16, lead)}

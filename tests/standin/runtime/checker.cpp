@@ -106,11 +106,10 @@ static void collided_write(u8* p, u32 size, u32 site) {
 }
 
 static void threadgroup_access(u64 offset, u32 size, u32 align, u32 site, bool write) {
-  Decl* d = nullptr;
-  for (u32 i = 0; i < MAX_DECLS && decls[i].used; i++)
-    if (offset >= decls[i].offset && offset < decls[i].offset + decls[i].size) d = &decls[i];
-  if (!d || offset + size > d->offset + d->size) fail(site, "out-of-bounds threadgroup %s of %u bytes", verb(write), size);
-  if (offset % align) fail(site, "misaligned threadgroup %s of %u bytes", verb(write), size);
+  Decl* d = decl_of[offset / RED_ZONE];
+  if (!d || offset < d->offset || offset + size > d->offset + d->size)
+    fail(site, "out-of-bounds threadgroup %s of %u bytes", verb(write), size);
+  if (offset & (align - 1)) fail(site, "misaligned threadgroup %s of %u bytes", verb(write), size);
   if (size < d->granule) {  // an array viewed with a narrower type: follow its bytes more closely from here on
     for (u64 o = d->offset; o < d->offset + d->size; o += d->granule)
       for (u32 k = size; k < d->granule; k += size) arena_cells[o + k] = arena_cells[o];
@@ -134,18 +133,18 @@ static void device_access(u64 address, u32 size, u32 align, u32 site, bool write
   if (offset >= b.size || offset + size > b.size)
     fail(site, "out-of-bounds %s of %u bytes at byte offset %ld of buffer #%u# (%lu bytes)", verb(write), size,
          (long)offset, i, b.size);
-  if (address % align) fail(site, "misaligned %s of %u bytes at byte offset %lu of buffer #%u#", verb(write), size, offset, i);
-  const u32 g = b.granule;
+  if (address & (align - 1)) fail(site, "misaligned %s of %u bytes at byte offset %lu of buffer #%u#", verb(write), size, offset, i);
+  const u32 g = b.granule, shift = __builtin_ctz(g);  // (a division here would cost as much as all the rest)
   if (!b.output) {
     if (write) fail(site, "write to input buffer #%u#", i);
     counts.read[i] += size;
-    for (u64 k = offset / g; k * g < offset + size; k++)
+    for (u64 k = offset >> shift; k << shift < offset + size; k++)
       if (b.touched[k] != group_number) b.touched[k] = group_number, counts.unique_read[i] += g;
     return;
   }
   (write ? counts.written : counts.read)[i] += size;
   bool collided = false;
-  for (u64 k = offset / g; k * g < offset + size; k++) {
+  for (u64 k = offset >> shift; k << shift < offset + size; k++) {
     Cell& c = b.cells[k];
     if (write) {
       if (c.w_epoch < group_epoch[DEVICE]) counts.unique_written[i] += g;

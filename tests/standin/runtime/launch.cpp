@@ -71,6 +71,7 @@ EXPORT int msl_launch(Kernel entry, const Options* chosen, Buffer* bound, u32 bo
   buffers = bound, buffer_count = bound_count;
   memset(&counts, 0, sizeof counts);
   memset(decls, 0, sizeof decls);
+  memset(decl_of, 0, sizeof decl_of);
   message[0] = 0, message_site = 0, failed = false, cur = nullptr, collective = 0;
   msl_scalar_macs = 0;
   group_number = 0;

@@ -20,6 +20,7 @@ SimdGroup groups[MAX_THREADS / SIMD];
 Buffer* buffers;
 u32 buffer_count;
 Decl decls[MAX_DECLS];
+Decl* decl_of[ARENA / RED_ZONE];
 u8* arena;
 
 static Exchange exchanges[MAX_THREADS / SIMD][2];
@@ -315,8 +316,10 @@ EXPORT void* msl_threadgroup(u32 id, u64 size, u32 align, u32 element, u32 line)
     if (total > THREADGROUP_LIMIT)
       fail(line << 10, "%lu bytes of threadgroup memory; %lu are all there is", total, (u64)THREADGROUP_LIMIT);
     counts.threadgroup_bytes = total;
-    const u64 red_zone = 256, a = align < 16 ? 16 : align;
-    d = Decl{(end + red_zone + a - 1) / a * a, size, element < 4 ? element : 4, line, 1};
+    const u64 a = align < 16 ? 16 : align;
+    d = Decl{(end + RED_ZONE + a - 1) / a * a, size, element < 4 ? element : 4, line, 1};
+    for (u64 o = d.offset / RED_ZONE; o * RED_ZONE < d.offset + size; o++) decl_of[o] = &d;
+    memset(arena + d.offset, 0xff, size);
   }
   return arena + d.offset;
 }
@@ -368,7 +371,8 @@ void run_group(const u32* group, const u32* count, const u32* size, const u32* f
   current_group = options.schedule == REVERSE ? group_count - 1 : 0;
   group_number++;
   for (u32 s = 0; s < 2; s++) group_epoch[s] = ++epoch[s];
-  memset(arena, 0xff, ARENA / 2);
+  for (u32 i = 0; i < MAX_DECLS; i++)
+    if (decls[i].used) memset(arena + decls[i].offset, 0xff, decls[i].size);
   counts.threadgroups++, counts.threads += threads;
   memset(meeting, 0, sizeof meeting);
   const u32 start = next_fiber();

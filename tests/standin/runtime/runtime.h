@@ -11,7 +11,9 @@ typedef uint32_t u32;
 typedef uint64_t u64;
 
 enum : u32 { MAX_THREADS = 1024, SIMD = 32, MAX_BUFFERS = 64, MAX_DECLS = 64 };
-enum : u64 { ARENA = 1u << 17, THREADGROUP_LIMIT = 32768 };  // the arena is larger than the limit: room for red zones
+// The arena is larger than the limit: room for red zones between the arrays, wide enough that a block of one red
+// zone's size meets one array at most.
+enum : u64 { ARENA = 1u << 17, THREADGROUP_LIMIT = 32768, RED_ZONE = 256 };
 
 // Where a thread stands. The kernel's wrapper (source.py) declares the same layout.
 struct Position {
@@ -100,6 +102,7 @@ extern u32 epoch[2], group_epoch[2], group_number;
 extern Buffer* buffers;
 extern u32 buffer_count;
 extern Decl decls[MAX_DECLS];
+extern Decl* decl_of[ARENA / RED_ZONE];
 extern u8* arena;
 
 typedef void (*Kernel)(u64* buffers, const Position* at);
