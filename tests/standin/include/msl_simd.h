@@ -26,7 +26,7 @@ enum Name { SUM = 1, PRODUCT, MAX, MIN, AND, OR, XOR, SCAN, BROADCAST, SHUFFLE, 
 
 template <class T>
 METAL_FUNC Lanes<T> exchange(Name name, T x, uint site) {
-  static_assert(sizeof(T) <= 64 && sizeof(typename vec_traits<T>::element) <= 4, "simdgroup functions: at most 32-bit elements");
+  static_assert(sizeof(typename vec_traits<T>::element) <= 4, "simdgroup functions take elements of 32 bits at most");
   return Lanes<T>{(thread const uchar*)msl_exchange(name, site, &x, sizeof(T))};
 }
 // Reductions as a tree over distance 16, 8, ..., the order that a butterfly of shuffles would have.
@@ -172,7 +172,8 @@ struct MatrixMultiply {  // machine.cpp has the same
 };
 template <class D, class A, class B, class C>
 METAL_FUNC void simdgroup_multiply_accumulate(thread simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<A, 8, 8> a,
-                                              simdgroup_matrix<B, 8, 8> b, simdgroup_matrix<C, 8, 8> c, uint site = MSL_SITE) {
+                                              simdgroup_matrix<B, 8, 8> b, simdgroup_matrix<C, 8, 8> c,
+                                              uint site = MSL_SITE) {
   vec<float, 2> result;
   MatrixMultiply m = {{(float)a.held[0], (float)a.held[1]}, {(float)b.held[0], (float)b.held[1]},
                       {(float)c.held[0], (float)c.held[1]}, (ulong)&result};

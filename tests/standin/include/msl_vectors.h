@@ -1,5 +1,5 @@
-// float4(a, b, c, d), float4(v2, c, d), float4(s): function-like macros, because clang's vectors have no constructors. The
-// name without parentheses stays the type.
+// float4(a, b, c, d), float4(v2, c, d), float4(s): function-like macros, because clang's vectors have no constructors.
+// The name without parentheses stays the type.
 #pragma once
 #define char2(...) metal::make_vec<metal::vec<char, 2>>(__VA_ARGS__)
 #define char3(...) metal::make_vec<metal::vec<char, 3>>(__VA_ARGS__)

@@ -69,7 +69,8 @@ static void on_read(Cell& c, int space, u32 site, u64 offset) {
   const u32 start = group_epoch[space], now = epoch[space];
   if (c.w_epoch != 1) {
     if (c.w_epoch == 0 || (space == THREADGROUP && c.w_epoch < start))
-      fail(site, "read of %s memory that nothing has written yet (byte offset %lu)", space == DEVICE ? "output" : "threadgroup", offset);
+      fail(site, "read of %s memory that nothing has written yet (byte offset %lu)",
+           space == DEVICE ? "output" : "threadgroup", offset);
     if (c.w_epoch < start) race(site, space, "read after write", c.w_who, true, offset);
     // Lanes of a collective store and a collective load need not agree, so even one's own needs a barrier.
     if ((c.w_who != who || collective) && !before_me(c.w_who, c.w_epoch, c.w_sub, space))
@@ -133,7 +134,8 @@ static void device_access(u64 address, u32 size, u32 align, u32 site, bool write
   if (offset >= b.size || offset + size > b.size)
     fail(site, "out-of-bounds %s of %u bytes at byte offset %ld of buffer #%u# (%lu bytes)", verb(write), size,
          (long)offset, i, b.size);
-  if (address & (align - 1)) fail(site, "misaligned %s of %u bytes at byte offset %lu of buffer #%u#", verb(write), size, offset, i);
+  if (address & (align - 1)) 
+    fail(site, "misaligned %s of %u bytes at byte offset %lu of buffer #%u#", verb(write), size, offset, i);
   const u32 g = b.granule, shift = __builtin_ctz(g);  // (a division here would cost as much as all the rest)
   if (!b.output) {
     if (write) fail(site, "write to input buffer #%u#", i);

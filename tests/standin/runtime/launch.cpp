@@ -7,16 +7,20 @@
 #include <string.h>
 #include <unistd.h>
 
+static bool refuse(const char* format, u64 a = 0, u64 b = 0) {
+  snprintf(message, sizeof message, format, a, b);
+  return false;
+}
+
 static bool run_groups(const u32* grid, const u32* group_size) {
   u32 full[3], count[3];
   for (u32 i = 0; i < 3; i++) {
     full[i] = group_size[i] < grid[i] ? group_size[i] : grid[i];
-    if (!full[i]) return snprintf(message, sizeof message, "grid and threadgroup sizes must be positive"), false;
+    if (!full[i]) return refuse("grid and threadgroup sizes must be positive");
     count[i] = (grid[i] + full[i] - 1) / full[i];
   }
   const u64 threads = (u64)group_size[0] * group_size[1] * group_size[2];
-  if (threads > MAX_THREADS)
-    return snprintf(message, sizeof message, "%lu threads in a threadgroup; %u is the most", threads, MAX_THREADS), false;
+  if (threads > MAX_THREADS) return refuse("%lu threads in a threadgroup; %lu is the most", threads, MAX_THREADS);
   const u64 total = (u64)count[0] * count[1] * count[2];
   u32* order = (u32*)malloc(total * sizeof(u32));
   for (u64 i = 0; i < total; i++) order[i] = options.schedule == REVERSE ? total - 1 - i : i;
@@ -43,7 +47,9 @@ static bool run_groups(const u32* grid, const u32* group_size) {
 // A fatal signal ends the process: the parent reads the last words from standard error and starts another.
 static void last_words(int number) {
   char text[256];
-  const char* what = number == SIGTERM ? "still running" : number == SIGSEGV || number == SIGBUS ? "memory fault" : "crash";
+  const char* what = number == SIGTERM                      ? "still running"
+                     : number == SIGSEGV || number == SIGBUS ? "memory fault"
+                                                             : "crash";
   const int n = snprintf(text, sizeof text, "%s (signal %d); last seen %s\n@%u\n", what, number,
                          cur ? place_name(meeting[cur - fibers]) : "outside a kernel", cur ? cur->site : 0);
   if (write(2, text, n) != n) _exit(71);
@@ -64,7 +70,7 @@ EXPORT void msl_catch_signals() {
 
 // Runs a kernel. `outputs[i]`, where not null, receives buffer i afterwards. Returns 0, or 1 with a message.
 EXPORT int msl_launch(Kernel entry, const Options* chosen, Buffer* bound, u32 bound_count, const u32* grid,
-                          const u32* group_size, void** outputs, Counts* counted, char* text, u32 text_size, u32* site) {
+                    const u32* group_size, void** outputs, Counts* counted, char* text, u32 text_size, u32* site) {
   create_machine();
   options = *chosen;
   kernel = entry;

@@ -21,8 +21,8 @@ struct Position {
   u32 index, lane, simdgroup, simdgroups, launch_simdgroups;
 };
 
-// Where a fiber stands: 0 while it can run, else what it waits for, in one word that all lanes of a simdgroup must share:
-// state << 56 | operation << 48 | name << 40 | memory flags << 32 | site (line << 10 | column).
+// Where a fiber stands: 0 while it can run, else what it waits for, in one word that all lanes of a simdgroup must
+// share: state << 56 | operation << 48 | name << 40 | memory flags << 32 | site (line << 10 | column).
 enum State : u64 { READY = 0, AT_SIMD, AT_SIMD_BARRIER, AT_BARRIER, DONE };
 enum Op : u32 { EXCHANGE, MATRIX_LOAD, MATRIX_STORE, MATRIX_MULTIPLY };  // what a simdgroup does at a meeting point
 enum Space { DEVICE, THREADGROUP };
@@ -111,7 +111,8 @@ extern u64 addresses[MAX_BUFFERS];
 extern char message[1024];
 extern u32 message_site;
 extern bool failed;
-extern "C" __attribute__((visibility("default"))) u64 msl_scalar_macs;  // the instrumented kernel adds to it, once per basic block
+// The instrumented kernel adds to this one, once per basic block.
+extern "C" __attribute__((visibility("default"))) u64 msl_scalar_macs;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
