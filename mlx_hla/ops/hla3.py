@@ -157,7 +157,8 @@ def hla3(
     call = canonical("hla3", q, k, v, scale, decay, normalize, eps, mask, segment_ids)
     state = _check(call, initial_state, kind)
     use_metal(call, backend)
-    return compose(Sequence(call), state)
+    # Algorithm 3 takes differences of growing numbers, in which rounded passes would not cancel.
+    return compose(Sequence(call, wide=kind is HLA3PaperState), state)
 
 
 def hla3_step(

@@ -67,15 +67,15 @@ class _Passes:
 
 
 class Sequence(_Passes):
-    """All tokens at once. q, k, v in chunk layout, see `primitive`."""
+    """All tokens at once. q, k, v in chunk layout, see `primitive`; wide: in float32 whatever they are."""
 
-    def __init__(self, call: Call):
+    def __init__(self, call: Call, wide: bool = False):
         self.call = call
         _, self.Hq, self.Hkv, _, _ = call.dims
         self.T = call.q.shape[1]
         self.width = chunk_width(self.T)
         # float16 has too little range for sums of products; the CPU's half-precision products are slow.
-        native = on_gpu() and call.q.dtype != mx.float16
+        native = on_gpu() and call.q.dtype != mx.float16 and not wide
         self.dtype = call.q.dtype if native else mx.float32
         v = call.v if call.ones is None else mx.concatenate([call.v, call.ones], axis=-1)
         self.q, self.k, self.v = (self._chunks(x) for x in (call.q, call.k, v))
