@@ -10,10 +10,10 @@ def to_numpy(x):
 
 
 def relative(got, want):
-    """‖got − want‖ / ‖want‖ in the Frobenius norm; the plain norm of got where want is all zeros."""
+    """‖got − want‖ / ‖want‖ in the Frobenius norm; ‖got‖ where want is zero or beyond float32's range."""
     got, want = to_numpy(got), to_numpy(want)
     norm = np.linalg.norm(want)
-    return np.linalg.norm(got - want) / (norm if norm > 0 else 1.0)
+    return np.linalg.norm(got - want) / (norm if norm > 1e-37 else 1.0)
 
 
 def assert_close(name, got, want, tol):
