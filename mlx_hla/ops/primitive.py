@@ -189,11 +189,24 @@ def _dots(x: mx.array, y: mx.array) -> mx.array:
     return (x * y).sum(axis=-1).astype(mx.float32).sum(axis=-2)
 
 
+@mx.custom_function
+def _once(*arrays):
+    """The same arrays, which let no gradient through."""
+    return list(arrays)
+
+
+@_once.vjp
+def _twice(*_):
+    # The reverse mode reads the carry-ins as numbers: its own gradient would miss what depends on them.
+    raise NotImplementedError("[mlx_hla] the operators' gradients cannot be differentiated in reverse again")
+
+
 def _backward(q, k, v, decay, first, states, do, d_last, scale, power):
     """Gradients of one pass; each line is tagged by what it adds. d_last is None where only o was used."""
+    q, k, v, states, do = _once(q, k, v, states, do)
     if decay is not None:
         # A zero decay counts as TINY here, so that dg = (g dg) / g exists; float32 sums don't see it.
-        decay = make_decay(mx.maximum(decay.g, TINY))
+        decay = make_decay(mx.maximum(*_once(decay.g), TINY))
     decayed = _Decayed(decay, power, q.dtype, q.shape[-2])
     carried = q.shape[2] > 1 or first is not None
 
