@@ -16,7 +16,7 @@
 //
 // T dtype, D, DV widths, G query heads per key-value head, NS simdgroups. PACKED (hla2_step, hla3_step): S is
 // symmetric and s, s_new hold its upper triangle row by row, [B, Hkv, 1, D (D + 1) / 2].
-// Threadgroup bytes: at most 4 (2 G D + D + 2 DV + NS M + G DV), M = max(D, DV). Mirrors mlx_hla.ops.passes.Token.
+// Threadgroup bytes: at most 4 (2 G D + D + 2 DV + NS M + G DV + 1), M = max(D, DV). Mirrors mlx_hla.ops.passes.Token.
 
 // Where a state lies: its element (row, col) at p[base + row * row_step + col * col_step].
 struct Place {
@@ -165,16 +165,18 @@ METAL_FUNC void step_write(P dst, threadgroup const float* src, int count, int t
 //# inputs: q k v g p floats
 //# outputs: o p_new
 //# body
-  threadgroup float qs[G * D], ks[D], vs[DV], part[NS * DV], out[G * DV];
+  threadgroup float qs[G * D], ks[D], vs[DV], gs[1], part[NS * DV], out[G * DV];
   const int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
   const int thread_index = thread_index_in_threadgroup, hkv = k_shape[1];
   const int bh = threadgroup_position_in_grid.x, batch = bh / hkv, kv = bh % hkv;
-  const float decay = g[batch * g_strides[0] + kv * g_strides[1]], scale = floats[0];
+  const float scale = floats[0];
   step_read(qs, q + batch * q_strides[0] + kv * G * q_strides[1], int(q_strides[1]), int(q_strides[2]), G, D,
             thread_index, 32 * NS);
   step_read(ks, k + batch * k_strides[0] + kv * k_strides[1], 0, int(k_strides[2]), 1, D, thread_index, 32 * NS);
   step_read(vs, v + batch * v_strides[0] + kv * v_strides[1], 0, int(v_strides[2]), 1, DV, thread_index, 32 * NS);
+  step_read(gs, g + batch * g_strides[0] + kv * g_strides[1], 0, 0, 1, 1, thread_index, 32 * NS);
   sync_threadgroup();
+  const float decay = gs[0];
   step_la<D, DV, G, NS>(p, place_of(p_strides, batch, kv), p_new, long(bh) * D * DV, decay, ks, vs, qs, scale, part,
                         out, simdgroup, lane);
   step_write<T>(o + long(bh) * G * DV, out, G * DV, thread_index, 32 * NS);
@@ -184,16 +186,18 @@ METAL_FUNC void step_write(P dst, threadgroup const float* src, int count, int t
 //# outputs: o s_new f_new
 //# body
   constexpr int M = D > DV ? D : DV;
-  threadgroup float qs[G * D], ks[D], vs[DV], part[NS * M], kts[G * D], out[DV];
+  threadgroup float qs[G * D], ks[D], vs[DV], gs[1], part[NS * M], kts[G * D], out[DV];
   const int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
   const int thread_index = thread_index_in_threadgroup, hkv = k_shape[1];
   const int bh = threadgroup_position_in_grid.x, batch = bh / hkv, kv = bh % hkv;
-  const float decay = g[batch * g_strides[0] + kv * g_strides[1]], scale = floats[0], ridge = floats[1];
+  const float scale = floats[0], ridge = floats[1];
   step_read(qs, q + batch * q_strides[0] + kv * G * q_strides[1], int(q_strides[1]), int(q_strides[2]), G, D,
             thread_index, 32 * NS);
   step_read(ks, k + batch * k_strides[0] + kv * k_strides[1], 0, int(k_strides[2]), 1, D, thread_index, 32 * NS);
   step_read(vs, v + batch * v_strides[0] + kv * v_strides[1], 0, int(v_strides[2]), 1, DV, thread_index, 32 * NS);
+  step_read(gs, g + batch * g_strides[0] + kv * g_strides[1], 0, 0, 1, 1, thread_index, 32 * NS);
   sync_threadgroup();
+  const float decay = gs[0];
   step_symmetric<PACKED, D, G, NS>(s, place_of(s_strides, batch, kv), s_new, bh, decay, ks, qs, scale, part, kts,
                                    simdgroup, lane);
   for (int i = thread_index; i < G * D; i += 32 * NS) kts[i] += scale * ridge * qs[i];
@@ -210,16 +214,18 @@ METAL_FUNC void step_write(P dst, threadgroup const float* src, int count, int t
 //# inputs: q k v g p e floats
 //# outputs: o p_new e_new
 //# body
-  threadgroup float qs[G * D], ks[D], vs[DV], part[NS * DV], rs[G * DV], out[DV];
+  threadgroup float qs[G * D], ks[D], vs[DV], gs[1], part[NS * DV], rs[G * DV], out[DV];
   const int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
   const int thread_index = thread_index_in_threadgroup, hkv = k_shape[1];
   const int bh = threadgroup_position_in_grid.x, batch = bh / hkv, kv = bh % hkv;
-  const float decay = g[batch * g_strides[0] + kv * g_strides[1]], scale = floats[0];
+  const float scale = floats[0];
   step_read(qs, q + batch * q_strides[0] + kv * G * q_strides[1], int(q_strides[1]), int(q_strides[2]), G, D,
             thread_index, 32 * NS);
   step_read(ks, k + batch * k_strides[0] + kv * k_strides[1], 0, int(k_strides[2]), 1, D, thread_index, 32 * NS);
   step_read(vs, v + batch * v_strides[0] + kv * v_strides[1], 0, int(v_strides[2]), 1, DV, thread_index, 32 * NS);
+  step_read(gs, g + batch * g_strides[0] + kv * g_strides[1], 0, 0, 1, 1, thread_index, 32 * NS);
   sync_threadgroup();
+  const float decay = gs[0];
   step_la<D, DV, G, NS>(p, place_of(p_strides, batch, kv), p_new, long(bh) * D * DV, decay, ks, vs, qs, scale, part,
                         rs, simdgroup, lane);
   for (int h = 0; h < G; h++) {
@@ -235,16 +241,18 @@ METAL_FUNC void step_write(P dst, threadgroup const float* src, int count, int t
 //# outputs: o s_new p_new f_new
 //# body
   constexpr int M = D > DV ? D : DV;
-  threadgroup float qs[G * D], ks[D], vs[DV], part[NS * M], kts[G * D], rs[G * DV], out[DV];
+  threadgroup float qs[G * D], ks[D], vs[DV], gs[1], part[NS * M], kts[G * D], rs[G * DV], out[DV];
   const int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
   const int thread_index = thread_index_in_threadgroup, hkv = k_shape[1];
   const int bh = threadgroup_position_in_grid.x, batch = bh / hkv, kv = bh % hkv;
-  const float decay = g[batch * g_strides[0] + kv * g_strides[1]], scale = floats[0];
+  const float scale = floats[0];
   step_read(qs, q + batch * q_strides[0] + kv * G * q_strides[1], int(q_strides[1]), int(q_strides[2]), G, D,
             thread_index, 32 * NS);
   step_read(ks, k + batch * k_strides[0] + kv * k_strides[1], 0, int(k_strides[2]), 1, D, thread_index, 32 * NS);
   step_read(vs, v + batch * v_strides[0] + kv * v_strides[1], 0, int(v_strides[2]), 1, DV, thread_index, 32 * NS);
+  step_read(gs, g + batch * g_strides[0] + kv * g_strides[1], 0, 0, 1, 1, thread_index, 32 * NS);
   sync_threadgroup();
+  const float decay = gs[0];
   step_symmetric<PACKED, D, G, NS>(s, place_of(s_strides, batch, kv), s_new, bh, decay, ks, qs, scale, part, kts,
                                    simdgroup, lane);
   step_la<D, DV, G, NS>(p, place_of(p_strides, batch, kv), p_new, long(bh) * D * DV, decay, ks, vs, qs, scale, part,
