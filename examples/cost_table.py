@@ -1,0 +1,364 @@
+"""What the Metal kernels move and compute, counted on a CPU, and the time that no GPU can beat.
+
+    python examples/cost_table.py                       # about a minute; prints Markdown
+    python examples/cost_table.py --readme README.md    # and puts it between that file's cost markers
+
+Needs the development extra, `pip install -e ".[dev]"`: the kernels run on the tests' stand-in for Metal,
+which counts. bfloat16, B = 1, one query head per key-value head, a decay per token, first states, no
+normalisation.
+
+traffic     device bytes that the threads ask for, no cache helping, over the compulsory bytes: each input
+            and output of the operation once. Forward: q, k, v, g, first state, o, last state. Backward: q,
+            k, v, g, first state and the gradients of o and the last state; those of q, k, v, g and the first
+            state. Step: the token's q, k, v, g and o, and the state twice. Left out: shapes, strides and the
+            few numbers that a kernel gets as arguments.
+arithmetic  multiply-accumulates over the minimum. Sequences: those of the 8 x 8 x 8 matrix products (a block
+            on the diagonal counts in full) over those of one fused walk in chunks of W = 32 tokens from the
+            inputs alone: per token, `a` products of (W + 1) / 2 causal pairs by D and `b` products of D by
+            D, with a and b in PRODUCTS. That S is symmetric makes the minimum no smaller. Steps: scalar
+            products over three for each element of the whole state (decay, update, read).
+bound       for 16 heads, the larger of bytes / bandwidth and flops / peak, and which of them it is (b or f);
+            a multiply-accumulate is two flops. No forecast: launches, occupancy and waits come on top.
+
+What is counted is one head, run as one of several: blocks are cut as the schedule rule cuts them for that
+many heads, and every count is proportional to the heads (tests/test_cost_table.py shows it). Threadgroup
+bytes are the largest kernel's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_hla import kernels
+from mlx_hla.kernels import families, plan
+
+W = 32
+SHOWN_HEADS = 16
+FAMILIES = ("linear", "hla2", "ahla", "hla3")
+
+# (a triangular products, b square products) per token of one fused walk; a backward recomputes what its
+# forward held. P = QK' is formed once per decay power, and products that share an operand are added first:
+# hla2 backward: QK', PK, QK~', dO V', dP2 K~, dP2' Q, P2' dO, dK~ K', dP1 K, dP1' Q, P' dK~ are its eleven.
+PRODUCTS = {
+    "linear": {"forward": (2, 2), "backward": (5, 5)},
+    "hla2": {"forward": (4, 4), "backward": (11, 10)},
+    "ahla": {"forward": (3, 4), "backward": (8, 11)},
+    "hla3": {"forward": (5, 6), "backward": (14, 16)},
+}
+
+
+class Chip(NamedTuple):
+    name: str
+    gbytes: float  # memory bandwidth, GB/s
+    tflops: float  # float32
+
+
+# Bandwidth: Apple's technical specifications (M1: 128 bits of LPDDR4X-4266). Float32 rates: M1 as Apple
+# announced it in November 2020; the others are third-party figures, from the table of Hugging Face's
+# huggingface.js (packages/tasks/src/hardware.ts). On M1 to M4 float16 is no faster and simdgroup_matrix uses
+# the same units (github.com/philipturner/metal-benchmarks); the M5's matrix units in each core are not
+# counted. A fanless M5 was measured at 3.8 TFLOP/s and 122 GB/s
+# (michaelstinkerings.org/apple-m5-gpu-roofline-analysis), so take every bound here as optimistic.
+CHIPS = (
+    Chip("M1", 68.25, 2.6),
+    Chip("M3 Max", 400, 14.2),  # 40 cores
+    Chip("M4 Max", 546, 18.4),  # 40 cores
+    Chip("M5", 153, 5.7),  # 10 cores
+)
+
+
+class Row(NamedTuple):
+    family: str
+    kind: str  # forward, backward, step, packed step
+    D: int
+    heads: int
+    traffic: float
+    arithmetic: float
+    threadgroup_bytes: int
+    launches: int
+    bytes: int  # of one head
+    flops: int
+
+
+class Target(NamedTuple):
+    family: str
+    kind: str
+    heads: int
+    traffic: float
+    arithmetic: float | None
+
+
+# At D = 64 and T = 4,096.
+TARGETS = (
+    Target("hla2", "forward", 64, 2.5, 1.3),
+    Target("hla2", "forward", 16, 2.5, 1.3),
+    Target("hla2", "forward", 1, 2.5, 1.3),
+    *(Target(family, "step", 16, 1.05, None) for family in FAMILIES),
+    *(Target(family, "packed step", 16, 1.05, None) for family in ("hla2", "hla3")),
+)
+
+
+def stand_in():
+    """The stand-in for Metal of the tests, installed, or an error that says what is missing."""
+    tests = Path(__file__).resolve().parent.parent / "tests"
+    if not (tests / "standin" / "metal.py").is_file():
+        sys.exit(f"cost_table: needs a checkout of the repository: there is no {tests / 'standin'}")
+    sys.path.insert(0, str(tests))
+    try:
+        from standin import metal
+    except ImportError as e:
+        sys.exit(f'cost_table: the stand-in for Metal cannot run ({e}); pip install -e ".[dev]"')
+    if metal.why_not():
+        sys.exit(f'cost_table: the stand-in for Metal cannot run: {metal.why_not()}; pip install -e ".[dev]"')
+    mx.fast.metal_kernel = metal.metal_kernel
+    mx.compile = lambda f=None, **_: f if f is not None else (lambda g: g)
+    return metal
+
+
+@contextlib.contextmanager
+def one_of(heads: int):
+    """Plan for one head as if it were one of `heads`: the rule wants FILL threadgroups of all together."""
+    fill, plan.FILL = plan.FILL, plan.ceil_div(plan.FILL, heads)
+    try:
+        yield
+    finally:
+        plan.FILL = fill
+
+
+ASIDE = ("_shape", "_strides", "ints", "floats")
+
+
+def moved(counters) -> int:
+    """Bytes asked for, but for shapes, strides and scalar arguments."""
+    tables = (counters.read, counters.written)
+    return sum(n for table in tables for name, n in table.items() if not name.endswith(ASIDE))
+
+
+def inputs(family: str, T: int, D: int, dtype: mx.Dtype, seed: int = 0, heads: int = 1):
+    mx.random.seed(seed)
+    q, k, v, do = (0.3 * mx.random.normal((1, T, heads, D)).astype(dtype) for _ in range(4))
+    g = mx.random.uniform(0.9, 1, (1, T, heads))
+    state = [0.1 * mx.random.normal(shape) for shape in families._shapes(family, q, k, v)]
+    if len(state) > 1 and family in ("hla2", "hla3"):
+        state[0] = state[0] + state[0].swapaxes(2, 3)
+    mx.eval(q, k, v, do, g, state)
+    return (q, k, v, g), tuple(state), do
+
+
+def row(family, kind, D, heads, c, macs, compulsory, minimum) -> Row:
+    data = moved(c)
+    ratios = (data / compulsory, macs / minimum)
+    return Row(family, kind, D, heads, *ratios, c.threadgroup_bytes, c.launches, data, 2 * macs)
+
+
+def sequence_rows(metal, family: str, T: int, D: int, heads: int, dtype=mx.bfloat16, backward=True):
+    """The rows of the forward and the backward over a sequence."""
+    arrays, state, do = inputs(family, T, D, dtype)
+    tokens, states = sum(x.nbytes for x in arrays), sum(x.nbytes for x in state)
+    least = {
+        "forward": tokens + do.nbytes + 2 * states,
+        "backward": 2 * tokens + do.nbytes + 3 * states,
+    }
+
+    def run(q, k, v, g, *state):
+        o, last = getattr(kernels, family)(q, k, v, g, state, scale=D**-0.5)
+        return o, *last
+
+    with one_of(heads), metal.counters() as c:
+        mx.eval(run(*arrays, *state))
+    yield sequence_row(family, "forward", T, D, heads, c, least["forward"])
+    if not backward:
+        return
+
+    def forgotten(*args):  # kernels run when they are called, so the counters start anew after the forward
+        out = run(*args)
+        c.__init__()
+        return out
+
+    with one_of(heads), metal.counters() as c:
+        mx.eval(mx.vjp(forgotten, [*arrays, *state], [do, *(x + 1 for x in state)])[1])
+    yield sequence_row(family, "backward", T, D, heads, c, least["backward"])
+
+
+def sequence_row(family, kind, T, D, heads, c, compulsory) -> Row:
+    minimum = minimum_macs(family, kind, T, D)
+    return row(family, kind, D, heads, c, c.matrix_macs, compulsory, minimum)
+
+
+def minimum_macs(family: str, kind: str, T: int, D: int) -> float:
+    triangles, squares = PRODUCTS[family][kind]
+    return T * (triangles * (W + 1) / 2 * D + squares * D * D)
+
+
+def step_row(metal, family: str, D: int, packed: bool = False, dtype=mx.bfloat16) -> Row:
+    arrays, state, o = inputs(family, 1, D, dtype)
+    q, k, v, g = (x[:, 0] for x in arrays)
+    elements = sum(x.size for x in state)
+    if packed:
+        state = (kernels.pack(state[0]), *state[1:])
+        mx.eval(state)
+    with metal.counters() as c:
+        mx.eval(kernels.step(family, q, k, v, g, state, scale=D**-0.5, packed=packed))
+    token = sum(x.nbytes for x in (q, k, v, g, o))
+    compulsory = token + 2 * sum(x.nbytes for x in state)
+    kind = "packed step" if packed else "step"
+    return row(family, kind, D, SHOWN_HEADS, c, c.scalar_macs, compulsory, 3 * elements)
+
+
+def measure(metal, T: int, dims: list[int]) -> list[Row]:
+    rows, start = [], time.perf_counter()
+
+    def add(*new):
+        rows.extend(new)
+        print(f"{time.perf_counter() - start:5.0f} s  {' '.join(map(str, new[-1][:4]))}", file=sys.stderr)
+
+    for D in dims:
+        for family in FAMILIES:
+            add(*sequence_rows(metal, family, T, D, 16))
+            if family == "hla2":  # the rule: 64 heads are walked from end to end, one head is cut the finest
+                add(*sequence_rows(metal, family, T, D, 64, backward=False))
+                add(*sequence_rows(metal, family, T, D, 1, backward=False))
+            add(step_row(metal, family, D))
+            if family in ("hla2", "hla3"):
+                add(step_row(metal, family, D, packed=True))
+    return rows
+
+
+# ---- the report
+
+
+def bound(r: Row, chip: Chip) -> str:
+    bandwidth = SHOWN_HEADS * r.bytes / chip.gbytes / 1e3  # microseconds
+    arithmetic = SHOWN_HEADS * r.flops / chip.tflops / 1e6
+    which = "b" if bandwidth >= arithmetic else "f"
+    most = max(bandwidth, arithmetic)
+    return f"{most:.1f} {which}" if most < 100 else f"{most:,.0f} {which}"
+
+
+def head_count(n: int) -> str:
+    return f"{n} head{'s' * (n > 1)}"
+
+
+def schedule(r: Row, T: int) -> str:
+    if "step" in r.kind:
+        return "one token"
+    with one_of(r.heads):
+        n = plan.blocks(T, 1).count
+    return "walk" if n == 1 else f"{n} blocks"
+
+
+NOTES = {
+    "a": "Not fused: the first-order passes run one after the other; each reads its operands, forms its own "
+    "scores and writes its result for the next.",
+    "b": "HLA2 is fused up to D = 96. At 128 its two states of 64 KiB each overrun the registers, so its "
+    "passes run one after the other, and K̃ goes through memory.",
+    "c": "Cut into blocks, so that few heads fill a GPU: what the blocks' sums are made of is read again, "
+    "HLA2 writes K̃ and reads it again, and float32 states go through memory at every border: one is as many "
+    "bytes as 32 tokens of q, k, v and o at D = 64, as 64 tokens at D = 128. The shorter the blocks, the more.",
+    "d": "A pass for each gradient: each reads three operands and forms its own scores, and the decay's "
+    "gradient goes through states in memory at the border of every chunk.",
+}
+
+
+def notes(r: Row, T: int) -> list[str]:
+    """The letters of NOTES that say what a row takes beyond the minimum."""
+    if "step" in r.kind:
+        return []
+    if r.kind == "backward":
+        return ["d"]
+    letters = {"linear": "", "hla2": "" if plan.fused(r.D) else "b"}.get(r.family, "a")
+    return list(letters + ("" if schedule(r, T) == "walk" else "c"))
+
+
+def targets(rows: list[Row], T: int):
+    """One line for each target: the number, and whether it is reached."""
+    for t in TARGETS:
+        r = next((r for r in rows if (*r[:2], r.D, r.heads) == (t.family, t.kind, 64, t.heads)), None)
+        if r is None or T != 4096:
+            continue
+        parts, missed = [], False
+        for name, got, most in (
+            ("traffic", r.traffic, t.traffic),
+            ("arithmetic", r.arithmetic, t.arithmetic),
+        ):
+            if most is not None:
+                missed |= got > most
+                parts.append(f"{name} {got:.2f} of {most:g}")
+        why = "".join(f" ({x})" for x in notes(r, T)) if missed else ""
+        where = schedule(r, T) + ("" if "step" in t.kind else f", {head_count(t.heads)}")
+        verdict = "missed" if missed else "reached"
+        yield f"{verdict}: {t.family} {t.kind} ({where}), {', '.join(parts)}{why}"
+
+
+def report(rows: list[Row], T: int) -> str:
+    chips = " | ".join(f"{c.name}, µs" for c in CHIPS)
+    lines = [
+        f"Counted on the CPU stand-in, bfloat16, T = {T:,} tokens a sequence; bounds for {SHOWN_HEADS} heads "
+        "(b: by bytes, f: by flops).",
+        "",
+        f"| kernel | D | schedule | traffic | arithmetic | threadgroup bytes | launches | {chips} |",
+        "|---|--:|---|--:|--:|--:|--:|" + "--:|" * len(CHIPS),
+    ]
+    used = set()
+    for r in rows:
+        used.update(notes(r, T))
+        marks = "".join(f" ({x})" for x in notes(r, T))
+        walked = schedule(r, T) + ("" if "step" in r.kind else f", {head_count(r.heads)}")
+        bounds = " | ".join(bound(r, c) for c in CHIPS)
+        lines.append(
+            f"| {r.family} {r.kind}{marks} | {r.D} | {walked} | {r.traffic:.2f} | {r.arithmetic:.2f} | "
+            f"{r.threadgroup_bytes:,} | {r.launches} | {bounds} |"
+        )
+    lines += [f"\n({letter}) {text}" for letter, text in NOTES.items() if letter in used]
+    lines += ["", *saving(rows)]
+    reached = [f"- {line}" for line in targets(rows, T)]
+    lines += ["", "Targets at D = 64 and T = 4,096:", "", *reached] if reached else []
+    return "\n".join(lines)
+
+
+def saving(rows: list[Row]):
+    """What the upper triangle of S saves in a step, of all the bytes it asks for."""
+    by = {(r.family, r.kind, r.D): r.bytes for r in rows}
+    for (family, kind, D), packed in by.items():
+        if kind == "packed step":
+            whole = by[family, "step", D]
+            yield (
+                f"- A packed S saves {1 - packed / whole:.1%} of the {family} step's bytes at D = {D} "
+                f"({whole:,} to {packed:,} for a head and token)."
+            )
+
+
+BEGIN, END = "<!-- cost:begin -->", "<!-- cost:end -->"
+
+
+def into_readme(path: Path, text: str) -> None:
+    whole = path.read_text(encoding="utf-8")
+    if whole.count(BEGIN) != 1 or whole.count(END) != 1 or whole.index(BEGIN) > whole.index(END):
+        sys.exit(f"cost_table: {path} must have {BEGIN} and, after it, {END}, once each")
+    before, rest = whole.split(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=4096, help="length of a sequence (default: 4096)")
+    parser.add_argument("--dims", type=int, nargs="+", default=[64, 128], help="head dimensions")
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help=f"write between {BEGIN} and {END} here too"
+    )
+    args = parser.parse_args()
+    text = report(measure(stand_in(), args.tokens, args.dims), args.tokens)
+    print(text)
+    if args.readme:
+        into_readme(args.readme, text)
+
+
+if __name__ == "__main__":
+    main()
