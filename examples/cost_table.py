@@ -261,7 +261,7 @@ NOTES = {
     "passes run one after the other, and K̃ goes through memory.",
     "c": "Cut into blocks, so that few heads fill a GPU: what the blocks' sums are made of is read again, "
     "HLA2 writes K̃ and reads it again, and float32 states go through memory at every border: one is as many "
-    "bytes as 32 tokens of q, k, v and o at D = 64, as 64 tokens at D = 128. The shorter the blocks, the more.",
+    "bytes as 32 tokens of q, k, v and o at D = 64, as 64 tokens at D = 128. Shorter blocks cost more.",
     "d": "A pass for each gradient: each reads three operands and forms its own scores, and the decay's "
     "gradient goes through states in memory at the border of every chunk.",
 }
