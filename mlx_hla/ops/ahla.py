@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .backend import use_metal
+from .backend import on_metal
 from .checks import Call, canonical, canonical_step, check_state
 from .passes import Sequence, Token
 
@@ -39,7 +39,12 @@ def _check(call: Call, state: AHLAState | None) -> AHLAState | None:
     return check_state(call.op, state, AHLAState, shapes)
 
 
-def _compose(p: Sequence | Token, state: AHLAState | None):
+def _run(where: type, call: Call, state: AHLAState | None, backend: str | None):
+    served = on_metal(call, "ahla", backend, state and [(state.P, state.m), (state.E, state.n)])
+    if served:
+        o, [(P, m), (E, n)] = served
+        return o, AHLAState(P, E, m, n)
+    p = where(call)
     r, P = p.la(p.q, p.k, p.v, 1, state and p.carry(state.P, state.m))  # Alg. 2, lines 3-5
     o, E = p.la(p.q, p.k, r, 1, state and p.carry(state.E, state.n))  # Alg. 2, lines 6-7
     (P, m), (E, n) = p.split(P), p.split(E)
@@ -67,8 +72,7 @@ def ahla(
     """
     call = canonical("ahla", q, k, v, scale, decay, normalize, eps, mask, segment_ids)
     state = _check(call, initial_state)
-    use_metal(call, backend)
-    return _compose(Sequence(call), state)
+    return _run(Sequence, call, state, backend)
 
 
 def ahla_step(
@@ -77,5 +81,4 @@ def ahla_step(
     """One token of `ahla` (the recurrences at the top of this file)."""
     call = canonical_step("ahla_step", q, k, v, scale, decay, normalize, eps)
     state = _check(call, state)
-    use_metal(call, backend)
-    return _compose(Token(call), state)
+    return _run(Token, call, state, backend)

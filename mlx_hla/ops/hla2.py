@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .backend import use_metal
+from .backend import on_metal
 from .checks import Call, canonical, canonical_step, check_state, number
 from .passes import Sequence, Token
 
@@ -47,7 +47,13 @@ def _check(call: Call, state, masked: bool):
     return check_state(call.op, state, kind, dict(zip(kind._fields, shapes, strict=True)))
 
 
-def _compose(p: Sequence | Token, state, masked: bool, ridge: float):
+def _run(where: type, call: Call, state, masked: bool, ridge: float, backend: str | None):
+    pairs = [(state[0], None), tuple(state[1:])] if state else None
+    served = on_metal(call, "hla2" if masked else None, backend, pairs, ridge=ridge)
+    if served:
+        o, [(S, _), F] = served
+        return o, HLA2State(S, *F)
+    p = where(call)
     S0, *rest = state or (None,)
     kt, S = p.la(p.q, p.k, p.k, 1, p.carry(S0))  # k̃_t = S_t q_t
     if ridge:
@@ -87,8 +93,7 @@ def hla2(
     call = canonical("hla2", q, k, v, scale, decay, normalize, eps, mask, segment_ids)
     state = _check(call, initial_state, masked)
     ridge = number("hla2", "ridge", ridge, 0.0)
-    use_metal(call, backend)
-    return _compose(Sequence(call), state, masked, ridge)
+    return _run(Sequence, call, state, masked, ridge, backend)
 
 
 def hla2_step(
@@ -109,5 +114,4 @@ def hla2_step(
     call = canonical_step("hla2_step", q, k, v, scale, decay, normalize, eps)
     state = _check(call, state, masked)
     ridge = number("hla2_step", "ridge", ridge, 0.0)
-    use_metal(call, backend)
-    return _compose(Token(call), state, masked, ridge)
+    return _run(Token, call, state, masked, ridge, backend)

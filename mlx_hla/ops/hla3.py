@@ -12,11 +12,12 @@ F corrected state, η its normaliser, G1..G3 and h1..h3 the cross-summaries of E
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from .backend import use_metal
+from .backend import on_metal
 from .checks import Call, canonical, canonical_step, check_state, fail
 from .passes import Sequence, Token
 
@@ -120,6 +121,16 @@ def _all_heads(k: mx.array, q: mx.array) -> mx.array:
     return mx.broadcast_to(k, (*q.shape[:-2], *k.shape[-2:]))
 
 
+def _run(where: type, call: Call, state, kind: type, compose, backend: str | None):
+    exact = kind is HLA3State
+    pairs = [(state.S, None), (state.P, state.m), (state.F, state.eta)] if state and exact else None
+    served = on_metal(call, "hla3" if exact else None, backend, pairs)
+    if served:
+        o, [(S, _), (P, m), (F, eta)] = served
+        return o, HLA3State(S, P, F, m, eta)
+    return compose(where(call), state)
+
+
 def _choose(op: str, masked: bool, convention: str):
     if convention not in ("exact", "paper"):
         fail(op, "convention must be 'exact' or 'paper'", repr(convention))
@@ -156,9 +167,9 @@ def hla3(
     kind, compose = _choose("hla3", masked, convention)
     call = canonical("hla3", q, k, v, scale, decay, normalize, eps, mask, segment_ids)
     state = _check(call, initial_state, kind)
-    use_metal(call, backend)
     # Algorithm 3 takes differences of growing numbers, in which rounded passes would not cancel.
-    return compose(Sequence(call, wide=kind is HLA3PaperState), state)
+    where = partial(Sequence, wide=kind is HLA3PaperState)
+    return _run(where, call, state, kind, compose, backend)
 
 
 def hla3_step(
@@ -179,5 +190,4 @@ def hla3_step(
     kind, compose = _choose("hla3_step", masked, convention)
     call = canonical_step("hla3_step", q, k, v, scale, decay, normalize, eps)
     state = _check(call, state, kind)
-    use_metal(call, backend)
-    return compose(Token(call), state)
+    return _run(Token, call, state, kind, compose, backend)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .backend import use_metal
+from .backend import on_metal
 from .checks import Call, canonical, canonical_step, check_state
 from .passes import Sequence, Token
 
@@ -29,7 +29,12 @@ def _check(call: Call, state: LinearState | None) -> LinearState | None:
     return check_state(call.op, state, LinearState, shapes)
 
 
-def _compose(p: Sequence | Token, state: LinearState | None):
+def _run(where: type, call: Call, state: LinearState | None, backend: str | None):
+    served = on_metal(call, "linear", backend, state and [tuple(state)])
+    if served:
+        o, [P] = served
+        return o, LinearState(*P)
+    p = where(call)
     o, P = p.la(p.q, p.k, p.v, 1, state and p.carry(*state))
     return p.result(o), LinearState(*p.split(P))
 
@@ -55,8 +60,7 @@ def linear_attention(
     """
     call = canonical("linear_attention", q, k, v, scale, decay, normalize, eps, mask, segment_ids)
     state = _check(call, initial_state)
-    use_metal(call, backend)
-    return _compose(Sequence(call), state)
+    return _run(Sequence, call, state, backend)
 
 
 def linear_attention_step(
@@ -65,5 +69,4 @@ def linear_attention_step(
     """One token of `linear_attention`: `P_t = g_t P_{t-1} + k_t v_tᵀ`, `o_t = scale · q_tᵀ P_t`."""
     call = canonical_step("linear_attention_step", q, k, v, scale, decay, normalize, eps)
     state = _check(call, state)
-    use_metal(call, backend)
-    return _compose(Token(call), state)
+    return _run(Token, call, state, backend)

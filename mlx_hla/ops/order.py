@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .backend import use_metal
+from .backend import on_metal
 from .checks import Call, canonical, canonical_step, check_state, fail
 from .hla2 import hla2, hla2_step
 from .hla3 import hla3, hla3_step
@@ -116,7 +116,7 @@ def _high(
 ):
     call = canonical("hla", q, k, v, scale, decay, normalize, eps, mask, segment_ids)
     state = _check(call, initial_state, order)
-    use_metal(call, backend)
+    on_metal(call, None, backend, None)  # no kernel of its own: raises where one was asked for
     return _compose(Sequence(call), state, order)
 
 
@@ -131,5 +131,5 @@ def hla_step(q, k, v, state, *, order: int, **options):
 def _high_step(q, k, v, state, order, *, scale=1.0, decay=None, normalize=False, eps=1e-6, backend=None):
     call = canonical_step("hla_step", q, k, v, scale, decay, normalize, eps)
     state = _check(call, state, order)
-    use_metal(call, backend)
+    on_metal(call, None, backend, None)  # no kernel of its own: raises where one was asked for
     return _compose(Token(call), state, order)

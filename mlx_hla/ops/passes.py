@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from .backend import divide
 from .checks import Call
 from .primitive import chunked_la
 from .scan import make_decay, on_gpu
@@ -55,15 +56,6 @@ class _Passes:
         """The inverse of `carry` for a state without a normaliser."""
         B, H, G = carried.shape[:3]
         return carried.reshape(B, H * G, *carried.shape[3:])
-
-    def _divide(self, o: mx.array, dtype: mx.Dtype) -> mx.array:
-        if self.call.ones is None:
-            return o.astype(dtype)
-        o = o.astype(mx.float32)
-        num, den = o[..., :-1], o[..., -1:] + self.call.eps
-        if self.call.mask is not None:  # with ε = 0 a masked token is 0 / 0, and so is its gradient
-            den = mx.where(self.call.mask[..., None, None], den, 1.0)
-        return (num / den).astype(dtype)  # Eq. 3.4: o_t = num_t / (den_t + ε)
 
 
 class Sequence(_Passes):
@@ -128,7 +120,7 @@ class Sequence(_Passes):
         """[B, H, N, G, W, V] -> o [B, T, Hq, V] in the dtype of q, normalised where asked."""
         B, V = o.shape[0], o.shape[-1]
         o = o.transpose(0, 2, 4, 1, 3, 5).reshape(B, -1, self.Hq, V)
-        return self._divide(o[:, : self.T], self.call.q.dtype)
+        return divide(self.call, o[:, : self.T])
 
 
 class Token(_Passes):
@@ -157,4 +149,4 @@ class Token(_Passes):
 
     def result(self, o: mx.array) -> mx.array:
         o = o.reshape(o.shape[0], self.Hq, o.shape[-1])
-        return self._divide(o, self.call.q.dtype)
+        return divide(self.call, o)
