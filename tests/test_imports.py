@@ -1,0 +1,147 @@
+"""Imports point one way: kernels, ops, nn, models, what runs them, cli. And importing costs nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlx_hla
+
+ROOT = Path(mlx_hla.__file__).parent
+
+# A part imports from lower ranks only. The first rank imports nothing of the package.
+RANKS = [
+    {"errors", "devices", "monoid"},
+    {"kernels", "tokenizer", "reference"},
+    {"ops"},
+    {"nn"},
+    {"models"},
+    {"sampling", "data"},
+    {"generate"},
+    {"evaluate"},
+    {"train"},
+    {"cli"},
+    {"__main__"},
+]
+RANK = {part: i for i, parts in enumerate(RANKS) for part in parts}
+# The root package publishes the operators; modules may read its version.
+ROOT_IMPORTS = {"ops"}
+# The ground truth stands beside the rest: nothing that it judges may use it.
+BESIDE = {"reference", "monoid"}
+
+
+def module_name(path):
+    parts = ("mlx_hla", *path.relative_to(ROOT).with_suffix("").parts)
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def is_module(parts):
+    path = ROOT.joinpath(*parts[1:])
+    return path.is_dir() or path.with_suffix(".py").exists()
+
+
+def imported(path):
+    """The modules of the package that a file imports, at any depth of its code, as tuples of names."""
+    name = module_name(path)
+    package = name if path.name == "__init__.py" else name[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found = [tuple(alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = tuple((node.module or "").split(".")) if node.module else ()
+            if node.level:
+                base = (*package[: len(package) - node.level + 1], *base)
+            # `from package import x`: x may be a module or a name of the package
+            found = [(*base, a.name) if is_module((*base, a.name)) else base for a in node.names]
+        else:
+            continue
+        yield from (x for x in found if x[0] == "mlx_hla")
+
+
+def edges():
+    """(part, part) -> the files of the first that import the second."""
+    out = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        source = (*module_name(path), "")[1]
+        for target in imported(path):
+            if (target := (*target, "")[1]) != source:
+                out.setdefault((source, target), []).append(str(path.relative_to(ROOT)))
+    return out
+
+
+def test_every_part_has_its_rank():
+    parts = {(*module_name(path), "")[1] for path in ROOT.rglob("*.py")} - {""}
+    assert parts == set(RANK), "add a new part to RANKS, where its imports allow"
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for (source, target), files in edges().items():
+        if source == "":
+            allowed = target in ROOT_IMPORTS
+        elif target == "":  # `from mlx_hla import __version__` and the public operators
+            allowed = RANK[source] > RANK["ops"]
+        else:
+            allowed = RANK[target] < RANK[source] and (target not in BESIDE or source in BESIDE)
+        if not allowed:
+            wrong.append(f"{source or 'mlx_hla'} imports {target or 'mlx_hla'} in {', '.join(files)}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_reader_of_imports_sees_arrows():
+    """Or the test above could pass by seeing nothing."""
+    seen = edges()
+    for arrow in (("ops", "kernels"), ("nn", "ops"), ("models", "nn"), ("train", "models"), ("cli", "train")):
+        assert arrow in seen
+    assert ("", "ops") in seen
+
+
+IMPORT = """
+import sys
+import mlx.core as mx
+if hasattr(mx, "fast"):
+    def built(*args, **options):
+        raise SystemExit("a kernel was built at import")
+    mx.fast.metal_kernel = built
+import {module}
+heavy = {{name.partition(".")[0] for name in sys.modules}} & {heavy}
+sys.exit("imported: " + ", ".join(sorted(heavy)) if heavy else 0)
+"""
+HEAVY = {"tqdm", "matplotlib", "mlx_lm", "transformers", "torch", "ziglang", "sentencepiece"}
+
+
+@pytest.mark.parametrize(
+    "module", ["mlx_hla", "mlx_hla.nn", "mlx_hla.models", "mlx_hla.train", "mlx_hla.cli"]
+)
+def test_importing_is_light(module):
+    """No optional dependency is imported and no kernel is built until something needs it."""
+    heavy = HEAVY - ({"sentencepiece"} if module not in ("mlx_hla", "mlx_hla.nn", "mlx_hla.cli") else set())
+    script = IMPORT.format(module=module, heavy=heavy)
+    run = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert not run.stdout
+
+
+def test_the_oracle_shares_no_code_with_the_operators():
+    for part in ("reference", "monoid"):
+        files = [ROOT / f"{part}.py"] if (ROOT / f"{part}.py").exists() else (ROOT / part).rglob("*.py")
+        for path in files:
+            text = path.read_text(encoding="utf-8")
+            names = {
+                alias.name.partition(".")[0]
+                for node in ast.walk(ast.parse(text))
+                if isinstance(node, ast.Import)
+                for alias in node.names
+            }
+            assert "mlx" not in names, f"{path.name} imports mlx"
+            assert {x[1] for x in imported(path)} <= BESIDE, f"{path.name} imports other parts"
+
+
+def test_files_stay_short():
+    """About 300 lines, 400 at most."""
+    long = {
+        p.name: n for p in ROOT.rglob("*.py") if (n := len(p.read_text(encoding="utf-8").splitlines())) > 400
+    }
+    assert not long
