@@ -110,7 +110,7 @@ class _Decayed:
     """Where one pass multiplies by the decay; without a decay every method returns what it was given."""
 
     def __init__(self, decay: Decay | None, power: int, dtype: mx.Dtype, width: int):
-        self.decay, self.power = decay, float(power)
+        self.decay, self.power = decay, power
         self.later = triangle(width, width, 0, mx.bool_)
         self.functions = _elementwise(dtype)
         self.edges = None
@@ -140,27 +140,11 @@ class _Decayed:
 # ---- the pass and its reverse
 
 
-class _States:
-    """Scan of what each chunk adds, scale · x `[B, H, N, G, D, V]`: the carry-ins and the last state."""
-
-    def __init__(self, x, decayed: _Decayed, first, scale: float, reverse: bool = False):
-        self.shape = x.shape
-        first = None if first is None else first.reshape(*x.shape[:2], -1)
-        x = x.reshape(*x.shape[:3], -1)
-        self.scan = ChunkScan(x, decayed.edges, decayed.power, first, scale, reverse)
-
-    def inner(self):
-        return self.scan.inner().reshape(self.shape)
-
-    def last(self):
-        return self.scan.last().reshape(*self.shape[:2], *self.shape[3:])
-
-
-def _key_states(k, v, decay, first, scale, power) -> _States:
+def _key_states(k, v, decay, first, scale, power) -> ChunkScan:
     """scale · (states of k vᵀ) that enter the chunks, and scale · the last one."""
     decayed = _Decayed(decay, power, k.dtype, k.shape[-2])
     first = None if first is None else scale * first
-    return _States(_swap(decayed.to_end(k)) @ v, decayed, first, scale)
+    return ChunkScan(_swap(decayed.to_end(k)) @ v, decayed.edges, power, first, scale)
 
 
 def _forward(q, k, v, decay, first, scale, power):
@@ -219,7 +203,7 @@ def _backward(q, k, v, decay, first, states, do, d_last, scale, power):
         dp, terms = decayed.causal_pair(scores, d_scores, scale)
     # Adjoint of the state that leaves each chunk: x_n = ρ x_{n+1} + scale · Σ_t b_t q_t do_tᵀ
     dob = decayed.from_start(do)
-    adjoint = _States(_outer(q, dob, states.shape[-3]), decayed, d_last, scale, reverse=True)
+    adjoint = ChunkScan(_outer(q, dob, states.shape[-3]), decayed.edges, power, d_last, scale, reverse=True)
     x = adjoint.inner()
 
     dk_out = _over_heads(decayed.to_end(v) @ _swap(x), k.shape[-3])  # dk += (b_W / b) ⊙ v Xᵀ

@@ -131,8 +131,8 @@ def _carried(y, carry, power, hi, lo):
 class ChunkScan:
     """Linear recurrence over N chunks, by products with small triangular matrices of decays.
 
-    x `[B, H, N, F]`, times factor, is what each chunk adds, `edges` and `power` give the decay ρ_n over
-    each chunk (None: no decay), first `[B, H, F]` float32 is the state at the start (None: zero).
+    x `[B, H, N, ..]`, times factor, is what each chunk adds, `edges` and `power` give the decay ρ_n over
+    each chunk (None: no decay), first `[B, H, ..]` float32 is the state at the start (None: zero).
 
     - forward: s_{n+1} = ρ_n s_n + x_n with s_0 = first. `inner()` are the N states s_n that enter the
       chunks, in the dtype of x; `last()` is s_N in float32.
@@ -146,12 +146,14 @@ class ChunkScan:
     def __init__(
         self, x, edges: Sums | None, power: float, first, factor: float = 1.0, reverse: bool = False
     ):
-        B, H, self.N, F = x.shape
+        B, H, self.N, *self.tail = x.shape
         self.groups, self.span = _groups(self.N)
         if self.groups * self.span != self.N:
+            x = x.reshape(B, H, self.N, -1)
             x = mx.pad(x, [(0, 0), (0, 0), (0, self.groups * self.span - self.N), (0, 0)])
-        self.x = x.reshape(B, H, self.groups, self.span, F)
-        self.edges, self.power, self.first, self.factor, self.reverse = edges, power, first, factor, reverse
+        self.x = x.reshape(B, H, self.groups, self.span, -1)
+        self.first = None if first is None else first.reshape(B, H, -1)
+        self.edges, self.power, self.factor, self.reverse = edges, power, factor, reverse
         if edges is not None:
             self.border = edges[..., 1:] if reverse else edges[..., :-1]
             self.chunk = edges[..., :-1] if reverse else edges[..., 1:]
@@ -160,7 +162,7 @@ class ChunkScan:
             totals = None
             if edges is not None:
                 totals = _edges(_clamped(edges.hi[..., -1], edges.lo[..., -1]))
-            self.upper = ChunkScan(self._totals(), totals, power, first, reverse=reverse)
+            self.upper = ChunkScan(self._totals(), totals, power, self.first, reverse=reverse)
 
     # With borders r = 0..span and running sums c_r (c_0 = 0), a group's chunks add
     #   forward  s_r = Σ_{m<r} exp(c_r − c_{m+1}) x_m        reverse  e_r = Σ_{m≥r} exp(c_m − c_r) x_m
@@ -200,10 +202,13 @@ class ChunkScan:
                 left = Sums(edges.hi[..., -1:] - left.hi, edges.lo[..., -1:] - left.lo)
             y = _carried(y, carry[..., None, :], self.power, left.hi[..., None], left.lo[..., None])
             y = y.astype(x.dtype)
-        y = y.reshape(*y.shape[:2], -1, y.shape[-1])
+        y = y.reshape(*y.shape[:2], -1, *self.tail)
         return y if y.shape[2] == self.N else y[:, :, : self.N]
 
     def last(self) -> mx.array:
+        return self._last().reshape(*self.x.shape[:2], *self.tail)
+
+    def _last(self) -> mx.array:
         if self.upper is not None:
             return self.upper.last()
         total = self._totals()[:, :, 0]
