@@ -29,7 +29,7 @@ def decays(N, seed=0):
 
 
 def loop(x, rho, first, reverse):
-    """s_{n+1} = ρ_n s_n + x_n: the N states before their chunks, and the last; from the far end in reverse."""
+    """s_{n+1} = ρ_n s_n + x_n: states before their chunks, and the last; or from the far end."""
     s = np.zeros((B, H, F)) if first is None else to_numpy(first)
     states = np.zeros(x.shape)
     for n in reversed(range(x.shape[2])) if reverse else range(x.shape[2]):
