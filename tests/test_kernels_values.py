@@ -1,0 +1,91 @@
+"""The kernels over a sequence: values and all gradients against float64 and the ops path, on the stand-in.
+
+Every case runs under three thread schedules, which must agree to the bit.
+"""
+
+import pytest
+from kernel_problems import FAMILIES, Case, KernelProblem, each_family, needs_standin, use_schedule
+from ops_reference import each_case
+from standin import metal
+
+pytestmark = needs_standin
+plain_families = pytest.mark.parametrize("op", [op for op in FAMILIES if op != "hla2-ridge"])
+both_schedules = pytest.mark.parametrize("schedule", ["walk", "blocks"])
+
+# One chunk is 32 tokens: lengths of one token, less than a chunk, around its multiples.
+SHORT = [
+    Case(T=1, Hq=2, Hkv=1, D=8, V=8, decay="gates", carried=True),
+    Case(T=7, B=1, Hq=2, Hkv=2, D=24, V=40, decay="heads", carried=True),
+    Case(T=32, B=1, Hq=1, Hkv=1, D=16, V=16),
+]
+LONG = [
+    Case(T=63, D=16, V=16),
+    Case(T=64, B=1, D=8, V=24, Hq=6, Hkv=2, decay="gates", carried=True),
+    Case(T=70, D=16, V=8, decay="extreme", carried=True),
+    Case(T=101, B=1, Hq=3, Hkv=1, D=8, V=8, decay="extreme", carried=True, scale=0.4),
+]
+WIDE = [
+    Case(T=40, B=1, Hq=2, Hkv=1, D=64, V=64, decay="gates", carried=True),
+    Case(T=35, B=1, Hq=1, Hkv=1, D=96, V=40, decay="gates", carried=True),
+    Case(T=34, B=1, Hq=1, Hkv=1, D=40, V=96, decay="gates", carried=True),
+    Case(T=33, B=1, Hq=2, Hkv=1, D=128, V=128, decay="gates", carried=True),
+    Case(T=33, B=1, Hq=1, Hkv=1, D=24, V=128, carried=True),
+]
+# Masks and segments as `ops.checks.canonical` folds them in; a normaliser is one more column of v.
+OPTIONS = [
+    Case(T=70, D=16, V=16, normalize=True, decay="gates", carried=True, scale=0.7),
+    Case(T=70, D=16, V=16, mask="left", decay="gates", carried=True),
+    Case(T=70, D=16, V=16, mask="right", normalize=True, eps=0.0),
+    Case(T=70, D=16, V=16, mask="holes", segments=True, decay="heads", carried=True, Hq=4, Hkv=1),
+    Case(T=70, D=16, V=16, segments=True),
+    Case(T=40, B=1, Hq=1, Hkv=1, D=64, V=64, normalize=True, carried=True),
+    Case(T=33, B=1, Hq=1, Hkv=1, D=128, V=128, normalize=True),
+]
+HALF = [
+    Case(T=70, D=16, V=16, decay="extreme", carried=True),
+    Case(T=45, D=40, V=24, B=1, Hq=2, Hkv=1, decay="gates", carried=True, scale=0.5),
+    Case(T=70, D=16, V=16, normalize=True, mask="holes", segments=True, decay="half", Hq=4, Hkv=4),
+    Case(T=35, D=128, V=96, B=1, Hq=1, Hkv=1, decay="heads"),
+]
+HALF = [Case(**(vars(c) | {"dtype": dtype})) for dtype in ("f16", "bf16") for c in HALF]
+
+
+@each_case(*SHORT)
+@each_family
+def test_short(monkeypatch, op, case):
+    metal.install(monkeypatch)
+    KernelProblem(op, case).check()
+
+
+@both_schedules
+@each_case(*LONG, *WIDE)
+@plain_families
+def test_shapes(monkeypatch, op, case, schedule):
+    metal.install(monkeypatch)
+    use_schedule(monkeypatch, schedule)
+    KernelProblem(op, case).check()
+
+
+@both_schedules
+@each_case(*OPTIONS)
+@each_family
+def test_options(monkeypatch, op, case, schedule):
+    metal.install(monkeypatch)
+    use_schedule(monkeypatch, schedule)
+    KernelProblem(op, case).check()
+
+
+@both_schedules
+@each_case(*HALF)
+@each_family
+def test_half_precision(monkeypatch, op, case, schedule):
+    metal.install(monkeypatch)
+    use_schedule(monkeypatch, schedule)
+    KernelProblem(op, case).check()
+
+
+@each_family
+def test_blocks_as_they_are(monkeypatch, op):
+    """257 tokens: one block of 256 and one of a single token, by the plan's own constants."""
+    metal.install(monkeypatch)
+    KernelProblem(op, Case(T=257, B=1, Hq=2, Hkv=1, D=8, V=16, decay="gates", carried=True)).check()
