@@ -96,7 +96,7 @@ def hla2(q, k, v, g=None, state: State | None = None, *, scale=1.0, ridge=0.0):
         return _in_segments(run, q, k, v, _decay(g, k.shape[:2]), state)
     kt, S = linear(q, k, k, g, state[:1], scale=scale, dtype=second.between(q.dtype))
     if ridge:
-        kt = kt + (scale * ridge * q).astype(kt.dtype)
+        kt = kt + scale * ridge * q.astype(kt.dtype)
     o, F = linear(q, kt, v, g, state[1:], scale=scale, power=2)
     return o, (*S, *F)
 
