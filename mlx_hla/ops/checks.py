@@ -118,7 +118,8 @@ def canonical(op, q, k, v, scale, decay, normalize, eps, mask, segment_ids) -> C
     g = decay_array(op, decay, (B, T), Hkv)
     for name, x in (("mask", mask), ("segment_ids", segment_ids)):
         if x is not None and (not isinstance(x, mx.array) or x.shape != (B, T)):
-            fail(op, f"{name} must be an array [{B}, {T}]", getattr(x, "shape", type(x).__name__))
+            got = x.shape if isinstance(x, mx.array) else type(x).__name__
+            fail(op, f"{name} must be an mlx array [{B}, {T}]", got)
     if mask is not None and mask.dtype != mx.bool_:
         fail(op, "mask must be boolean, True for a real token", mask.dtype)
     if segment_ids is not None and not mx.issubdtype(segment_ids.dtype, mx.integer):

@@ -43,9 +43,11 @@ class _Pair(NamedTuple):
 def _check(call: Call, state: HLAState | None, order: int) -> HLAState | None:
     if state is None:
         return None
-    if not isinstance(state, HLAState) or len(state.F) != order // 2:
-        got = f"{len(state.F)} F" if isinstance(state, HLAState) else type(state).__name__
-        fail(call.op, f"the state must be an HLAState with {order // 2} F", got)
+    want = f"the state must be an HLAState with a tuple of {order // 2} F"
+    if not isinstance(state, HLAState) or not isinstance(state.F, tuple | list):
+        fail(call.op, want, type(state).__name__)
+    if len(state.F) != order // 2:
+        fail(call.op, want, f"{len(state.F)} F")
     B, Hq, Hkv, D, V = call.dims
     odd, norm = order % 2 == 1, call.ones is not None
     shapes = {
@@ -54,11 +56,10 @@ def _check(call: Call, state: HLAState | None, order: int) -> HLAState | None:
         "m": (B, Hkv, D) if odd and norm else None,
     }
     check_state(call.op, state, HLAState, shapes)
-    if norm and (state.eta is None or len(state.eta) != len(state.F)):
+    if norm != (state.eta is not None) or (norm and len(state.eta) != len(state.F)):
+        want = f"a tuple of {order // 2} arrays" if norm else "None: it belongs to normalize=True"
         fail(
-            call.op,
-            f"state.eta must hold {order // 2} arrays",
-            state.eta if state.eta is None else len(state.eta),
+            call.op, f"state.eta must be {want}", "None" if state.eta is None else f"{len(state.eta)} arrays"
         )
     for F, eta in zip(state.F, state.eta or (None,) * len(state.F), strict=True):
         check_state(call.op, _Pair(F, eta), _Pair, {"F": (B, Hq, D, V), "eta": (B, Hq, D) if norm else None})
