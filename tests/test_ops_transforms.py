@@ -224,7 +224,7 @@ def peak(op, T, D, decayed):
 def test_memory_grows_with_the_length(op, decayed):
     """Linear in T, and no T×D×D tensor anywhere: one would be D = 128 times q."""
     sizes = [peak(op, T, 128, decayed) for T in (1024, 2048, 4096)]
-    assert max(sizes) <= 1.15 * min(sizes), f"not linear: {sizes} times q"
+    assert sizes[2] <= 1.15 * sizes[0], f"grows faster than T: {sizes} times q"
     assert max(sizes) < 128 / 2, f"{sizes} times q"
 
 
