@@ -1,0 +1,78 @@
+"""The kernels on an Apple GPU: `pytest -m metal` on a Mac. Everywhere else these tests are skipped."""
+
+import mlx.core as mx
+import pytest
+from conftest import assert_close
+
+from mlx_hla import kernels, selftest
+from mlx_hla.kernels import plan
+
+pytestmark = [
+    pytest.mark.metal,
+    pytest.mark.skipif(
+        not kernels.metal_available(), reason="needs an Apple GPU: run `pytest -m metal` on a Mac"
+    ),
+]
+
+CASES = tuple(selftest.all_cases())
+KERNELS = list(dict.fromkeys((c.family, c.kind) for c in CASES))
+each_family = pytest.mark.parametrize("family", selftest.FAMILIES)
+
+
+@pytest.mark.parametrize(("family", "kind"), KERNELS, ids=["-".join(k) for k in KERNELS])
+def test_selftest(family, kind):
+    results = [selftest.run_case(c, repeats=1) for c in CASES if (c.family, c.kind) == (family, kind)]
+    failed = [selftest.row(r) for r in results if not r.passed]
+    assert not failed, "\n".join(["", *failed])
+
+
+def problem(family, shape, kind="forward", dtype="float32"):
+    case = selftest.Case(family, kind, dtype, shape)
+    arrays, given = selftest.inputs(case)
+    return selftest.through_kernels(case), arrays, given
+
+
+def same(a, b):
+    return all(mx.array_equal(x, y).item() for x, y in zip(a, b, strict=True))
+
+
+def close(got, want, tol):
+    for i, (x, y) in enumerate(zip(got, want, strict=True)):
+        assert_close(f"result {i}", x, y, tol)
+
+
+@each_family
+def test_the_same_bits_every_time(family):
+    """No atomics and no races: ten runs of the forward and of the gradients agree to the bit."""
+    run, arrays, given = problem(family, selftest.Shape(2, 1100, 4, 2, 64, 64), dtype="bfloat16")
+    first = [*run(*arrays), *mx.vjp(run, arrays, given)[1]]
+    for _ in range(10):
+        assert same([*run(*arrays), *mx.vjp(run, arrays, given)[1]], first)
+
+
+@each_family
+def test_compiled(family):
+    """`mx.compile` fuses what stands between the launches, so the last bits may differ."""
+    run, arrays, given = problem(family, selftest.Shape(1, 70, 4, 2, 32, 32))
+    close(mx.compile(run)(*arrays), run(*arrays), 1e-6)
+    gradients = mx.compile(lambda *a: mx.vjp(run, list(a), given)[1])
+    close(gradients(*arrays), mx.vjp(run, arrays, given)[1], 1e-6)
+
+
+@each_family
+def test_strides(family):
+    """Heads before tokens in memory, and every other column: the same bits as from contiguous arrays."""
+    run, arrays, _ = problem(family, selftest.Shape(2, 70, 4, 2, 32, 32))
+    turned = [mx.contiguous(x.swapaxes(1, 2)).swapaxes(1, 2) for x in arrays[:3]]
+    spread = [mx.contiguous(mx.repeat(x, 2, axis=-1))[..., ::2] for x in arrays[:3]]
+    want = run(*arrays)
+    assert same(run(*turned, *arrays[3:]), want)
+    assert same(run(*spread, *arrays[3:]), want)
+
+
+def test_long_calls_are_cut(monkeypatch):
+    """A call of more work than one launch may hold gives what one launch gives."""
+    run, arrays, _ = problem("hla2", selftest.Shape(1, 1100, 2, 2, 64, 64))
+    want = run(*arrays)
+    monkeypatch.setattr(plan, "LAUNCH_WORK", 512 * 2 * 64 * 64)
+    close(run(*arrays), want, 1e-5)
