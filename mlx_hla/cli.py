@@ -1,4 +1,4 @@
-"""The command line: `mlx-hla generate | train | eval | info`.
+"""The command line: `mlx-hla generate | train | eval | info | selftest`.
 
 Flags are the fields of the dataclasses that they fill. What a user got wrong is told in one line on stderr,
 with a non-zero exit status: 1, or 2 for flags that do not parse; 130 after Ctrl-C. MLX_HLA_DEBUG=1 shows the
@@ -286,11 +286,27 @@ def _info(args) -> int:
     return 0
 
 
+# --- selftest
+
+
+def _selftest_arguments(parser):
+    from mlx_hla import selftest
+
+    selftest.add_arguments(parser)
+
+
+def _selftest(args) -> int:
+    from mlx_hla import selftest
+
+    return selftest.run(args)
+
+
 COMMANDS = {
     "generate": Command("continue a text", _generate_arguments, _generate),
     "train": Command("train a model, on the Python standard library or your text", _train_arguments, _train),
     "eval": Command("nats per byte of held-out text; share of samples that parse", _eval_arguments, _eval),
     "info": Command("what a model is made of", _info_arguments, _info),
+    "selftest": Command("run every Metal kernel on this machine and check it", _selftest_arguments, _selftest),
 }
 
 
