@@ -186,9 +186,9 @@ class KernelProblem(Problem):
     def tolerance(self, gradient=False, result=None):
         """`bound`, and what the kernels round to the inputs' dtype on the way.
 
-        In bfloat16 K̃ (or R) is rounded once between two launches, and the gradients that two passes add to one
-        input each on their own; float16 keeps everything but the results in float32. A normaliser is a column
-        of o: so is its gradient, and the two parts of a ratio's gradient cancel.
+        In bfloat16 K̃ (or R) is rounded once between two launches, and the gradients that two passes add to
+        one input each on their own; float16 keeps everything but the results in float32. A normaliser is a
+        column of o: so is its gradient, and the two parts of a ratio's gradient cancel.
         """
         roundings = {"f32": (0, 0), "f16": (0, 1), "bf16": (1, 3)}[self.case.dtype][gradient]
         if gradient and self.case.normalize:
@@ -196,7 +196,7 @@ class KernelProblem(Problem):
         return self.bound(gradient, result) + roundings * ROUNDOFF[self.case.dtype]
 
     def check(self, gradients=True, threads=THREADS):
-        """Values and gradients against float64 and the ops path; the same bits under every thread schedule."""
+        """Values and gradients against float64 and the ops path; one and the same bits in every order."""
         given = self.given() if gradients else None
         runs = []
         for how in threads:

@@ -1,0 +1,97 @@
+"""What the kernels cost, by the stand-in's counters: traffic, arithmetic, threadgroup memory, launches."""
+
+import mlx.core as mx
+import pytest
+from conftest import normal
+from kernel_problems import needs_standin, use_schedule
+from standin import metal
+
+from mlx_hla import kernels
+from mlx_hla.kernels.plan import THREADGROUP_BYTES
+
+pytestmark = needs_standin
+
+
+def inputs(T, H, D=64, dtype=mx.bfloat16):
+    q, k, v = (mx.array(normal(i, 1, T, H, D), dtype) for i in range(3))
+    return q, k, v, mx.full((1, T, H), 0.9)
+
+
+def moved(c):
+    """Device bytes, each once per threadgroup, without the tables of shapes and strides beside an array."""
+    tables = ("_shape", "_strides", "_ndim")
+    return sum(
+        n
+        for table in (c.unique_read, c.unique_written)
+        for name, n in table.items()
+        if not name.endswith(tables)
+    )
+
+
+def run(family, *arrays):
+    with metal.counters() as c:
+        mx.eval(getattr(kernels, family)(*arrays))
+    return c
+
+
+# 512 tokens, so the states in, between and out weigh more than in a long sequence.
+@pytest.mark.parametrize(("schedule", "launches", "traffic"), [("walk", 1, 1.3), ("blocks", 5, 3.1)])
+def test_second_order(monkeypatch, schedule, launches, traffic):
+    metal.install(monkeypatch)
+    T, H, D, W = 512, 2, 64, 32
+    use_schedule(monkeypatch, schedule)
+    if schedule == "blocks":
+        monkeypatch.setattr("mlx_hla.kernels.plan.MIN_BLOCK", 256)
+    c = run("hla2", *inputs(T, H))
+    assert c.launches == launches
+    assert c.threadgroup_bytes <= THREADGROUP_BYTES
+    assert c.copies == 0
+    compulsory = 4 * T * H * D * 2
+    # Two products with a state, two updates of one, and the lower triangle of four products inside a chunk.
+    least = T * H * (4 * D * D + 4 * D * (W + 1) / 2)
+    assert moved(c) <= traffic * compulsory
+    assert c.matrix_macs <= (1.1 if schedule == "walk" else 1.3) * least
+
+
+@pytest.mark.parametrize(("family", "passes"), [("linear", 1), ("ahla", 2), ("hla3", 3)])
+def test_passes(monkeypatch, family, passes):
+    """A pass reads x, y, z once and writes o once."""
+    metal.install(monkeypatch)
+    use_schedule(monkeypatch, "walk")
+    T, H, D = 256, 2, 64
+    c = run(family, *inputs(T, H))
+    assert c.launches == passes
+    assert moved(c) <= 1.3 * passes * 4 * T * H * D * 2
+    assert c.threadgroup_bytes <= THREADGROUP_BYTES
+
+
+@pytest.mark.parametrize("family", ["linear", "hla2", "ahla", "hla3"])
+def test_steps(monkeypatch, family):
+    """One launch; every byte of the state is read once and written once."""
+    metal.install(monkeypatch)
+    H, D = 2, 64
+    q, k, v, g = (x[:, 0] for x in inputs(1, H))
+    _, state = kernels.step(family, q, k, v, g)
+    with metal.counters() as c:
+        mx.eval(kernels.step(family, q, k, v, g, state))
+    states = 2 * sum(x.nbytes for x in state)
+    assert c.launches == 1
+    assert moved(c) <= 1.05 * (states + 4 * H * D * 2)
+
+
+@pytest.mark.parametrize("family", ["linear", "hla2", "ahla", "hla3"])
+def test_a_backward_is_bounded(monkeypatch, family):
+    """Launches and traffic of forward and backward, so that a change that doubles them is seen."""
+    metal.install(monkeypatch)
+    use_schedule(monkeypatch, "walk")
+    T, H, D = 256, 1, 64
+    arrays = inputs(T, H)
+
+    def loss(*arrays):
+        return getattr(kernels, family)(*arrays)[0].astype(mx.float32).sum()
+
+    with metal.counters() as c:
+        mx.eval(mx.grad(loss, argnums=(0, 1, 2, 3))(*arrays))
+    launches, traffic = {"linear": (9, 11), "hla2": (18, 23), "ahla": (18, 23), "hla3": (27, 35)}[family]
+    assert c.launches <= launches
+    assert moved(c) <= traffic * 4 * T * H * D * 2

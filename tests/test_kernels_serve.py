@@ -1,0 +1,175 @@
+"""Around the kernels: what they serve, when they are built, how MLX's transformations meet them, the plan."""
+
+import re
+import subprocess
+import sys
+
+import mlx.core as mx
+import pytest
+from conftest import assert_close
+from kernel_problems import Case, KernelProblem, needs_standin, same_bits
+from standin import metal
+
+from mlx_hla import kernels
+from mlx_hla.kernels import plan, source
+
+each_family = pytest.mark.parametrize("op", ["first", "hla2", "ahla", "hla3"])
+
+
+def call(q=(1, 9, 4, 64), k=(1, 9, 2, 64), v=(1, 9, 2, 64), dtypes=(mx.float16,) * 3):
+    return [mx.zeros(shape, dtype) for shape, dtype in zip((q, k, v), dtypes, strict=True)]
+
+
+@pytest.mark.parametrize("family", ["linear", "hla2", "ahla", "hla3"])
+def test_served(family):
+    for D in (8, 16, 24, 32, 40, 64, 96, 128):
+        for DV in (8, 64, 128):
+            arrays = call((1, 9, 4, D), (1, 9, 2, D), (1, 9, 2, DV))
+            assert kernels.why_not(family, *arrays) is None
+            assert kernels.why_not(family, *arrays, normalize=True) is None
+            assert kernels.prefers(family, *arrays)
+    for dtype in (mx.float16, mx.bfloat16, mx.float32):
+        assert kernels.why_not(family, *call(dtypes=(dtype,) * 3)) is None
+    assert kernels.why_not(family, *call((1, 32, 64), (1, 2, 64), (1, 2, 64))) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "arrays", "words"),
+    [
+        ("hla4", {}, "there is no kernel for hla4, only for linear, hla2, ahla, hla3"),
+        ("hla2", {"dtypes": (mx.float16, mx.float16, mx.float32)},
+         "q, k and v must share one of float16, bfloat16, float32; they are .*float16, .*float16, .*float32"),
+        ("hla2", {"dtypes": (mx.int32,) * 3}, "q, k and v must share one of .* they are .*int32"),
+        ("hla2", {"q": (1, 9, 4, 12), "k": (1, 9, 2, 12)}, "multiples of 8 up to 128; they are 12 and 64"),
+        ("hla2", {"q": (1, 9, 4, 136), "k": (1, 9, 2, 136)}, "multiples of 8 up to 128; they are 136 and 64"),
+        ("ahla", {"v": (1, 9, 2, 4)}, "multiples of 8 up to 128; they are 64 and 4"),
+        ("ahla", {"v": (1, 9, 2, 256)}, "multiples of 8 up to 128; they are 64 and 256"),
+        ("hla3", {"q": (1, 34, 64), "k": (1, 2, 64), "v": (1, 2, 64)},
+         "a step serves at most 16 query heads per key-value head, here 17"),
+    ],
+)  # fmt: skip
+def test_why_not(family, arrays, words):
+    reason = kernels.why_not(family, *call(**arrays))
+    assert reason is not None
+    assert re.search(words, reason)
+    assert not kernels.prefers(family, *call(**arrays))
+
+
+def test_availability_is_the_default_device():
+    assert kernels.metal_available() == (mx.metal.is_available() and mx.default_device() == mx.gpu)
+
+
+def test_nothing_is_built_at_import():
+    code = """
+import mlx.core as mx
+def refuse(*a, **k): raise AssertionError("a kernel was built")
+mx.fast.metal_kernel = refuse
+import mlx_hla, mlx_hla.kernels
+assert not mlx_hla.kernels.source._built
+assert not mlx_hla.kernels.source.sources.cache_info().currsize, "a source was read"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@needs_standin
+def test_the_maker_is_looked_up_at_every_call(monkeypatch):
+    """Replacing `mx.fast.metal_kernel` replaces the machine, also for kernels that have been built."""
+    metal.install(monkeypatch)
+    problem = KernelProblem("hla2", Case(T=5, B=1, D=8, V=8))
+    mx.eval(problem.run())
+    made = []
+
+    def make(**definition):
+        made.append(definition["name"])
+        assert not definition["ensure_row_contiguous"]
+        return metal.metal_kernel(**definition)
+
+    monkeypatch.setattr(mx.fast, "metal_kernel", make)
+    mx.eval(problem.run())
+    assert made == ["hla_hla2_walk"]
+    mx.eval(problem.run())
+    assert made == ["hla_hla2_walk"], "built once"
+
+
+def test_every_kernel_is_described():
+    """Names, inputs and contracts in every file; no attribute of a kernel in a contract's place."""
+    names = []
+    for path in sorted(source.folder().glob("*.metal")):
+        if path.stem == source.HELPERS:
+            continue
+        for name, kernel in source.sources(path.stem).items():
+            names.append(name)
+            assert kernel.inputs
+            assert kernel.outputs
+            assert kernel.header.count("METAL_FUNC void sync_threadgroup") == 1
+            assert "//#" not in kernel.body
+    assert len(names) == len(set(names))
+    assert {"linear_sums", "linear_scan", "linear_out", "hla2_walk", "hla2_middle"} <= set(names)
+    assert {f"{family}_step" for family in ("linear", "hla2", "ahla", "hla3")} <= set(names)
+
+
+@needs_standin
+@each_family
+def test_checkpoint(monkeypatch, op):
+    """mx.checkpoint runs the forward kernels again and gives the same gradients."""
+    metal.install(monkeypatch)
+    problem = KernelProblem(op, Case(T=40, B=1, D=16, V=16, decay="gates", carried=True))
+    arrays = list(problem.arrays.values())
+    given = problem.given()
+    _, want = mx.vjp(problem.flat(), arrays, given)
+    _, got = mx.vjp(mx.checkpoint(problem.flat()), arrays, given)
+    assert same_bits(got, want)
+
+
+@needs_standin
+@each_family
+def test_compiled_calls_are_refused_in_words(monkeypatch, op):
+    """The stand-in needs values; under `mx.compile` it must not answer with constants."""
+    compile_ = mx.compile
+    metal.install(monkeypatch)
+    problem = KernelProblem(op, Case(T=5, B=1, D=8, V=8))
+    with pytest.raises((metal.MetalError, ValueError), match=r"compile|trace|transformations"):
+        mx.eval(compile_(problem.flat())(*problem.arrays.values()))
+
+
+# ---- the plan
+
+
+def test_chunks_fit_the_threadgroup():
+    for dtype in (mx.float16, mx.bfloat16, mx.float32):
+        for D in range(8, plan.MAX_DIM + 2):
+            assert plan.chunk_width([(D, dtype), (D, mx.float32)]) in (16, 32)
+            if plan.fused(D):
+                assert plan.wide_chunk(D, dtype) in (16, 32)
+
+
+def test_no_chunk_fits_in_words():
+    with pytest.raises(ValueError, match="no chunk width fits"):
+        plan.chunk_width([(512, mx.float32), (512, mx.float32)])
+
+
+def test_blocks():
+    for T in (1, 31, 255, 256, 257, 4096, 65537):
+        for heads in (1, 3, 16, 64, 1000):
+            cut = plan.blocks(T, heads)
+            assert cut.length % 32 == 0
+            assert cut.length * (cut.count - 1) < T <= cut.length * cut.count
+            assert cut.count == 1 or cut.length >= plan.MIN_BLOCK
+            assert cut.count * heads <= max(heads, 2 * plan.FILL)
+    assert plan.blocks(65536, 1).count == plan.FILL
+    assert plan.blocks(65536, 64).count == 1
+
+
+@needs_standin
+def test_a_wide_head_runs_pass_by_pass(monkeypatch):
+    """Two states of 128 columns do not fit the registers: the same operator by three launches."""
+    metal.install(monkeypatch)
+    launched = {}
+    for D in (96, 104):
+        problem = KernelProblem("hla2", Case(T=33, B=1, Hq=1, Hkv=1, D=D, V=8, decay="gates", carried=True))
+        with metal.counters() as c:
+            o, _ = problem.run()
+            mx.eval(o)
+        launched[D] = c.kernels
+        assert_close("o", o, problem.expected()[0], problem.tolerance())
+    assert launched == {96: ["hla_hla2_walk"], 104: ["hla_linear_out"] * 2}
