@@ -19,10 +19,10 @@ SHORT = [
     Case(T=32, B=1, Hq=1, Hkv=1, D=16, V=16),
 ]
 LONG = [
+    Case(T=101, B=1, Hq=3, Hkv=1, D=8, V=8, decay="extreme", carried=True, scale=0.4),
     Case(T=63, D=16, V=16),
     Case(T=64, B=1, D=8, V=24, Hq=6, Hkv=2, decay="gates", carried=True),
     Case(T=70, D=16, V=8, decay="extreme", carried=True),
-    Case(T=101, B=1, Hq=3, Hkv=1, D=8, V=8, decay="extreme", carried=True, scale=0.4),
 ]
 WIDE = [
     Case(T=40, B=1, Hq=2, Hkv=1, D=64, V=64, decay="gates", carried=True),
@@ -50,19 +50,19 @@ HALF = [
 HALF = [Case(**(vars(c) | {"dtype": dtype})) for dtype in ("f16", "bf16") for c in HALF]
 
 
-@each_case(*SHORT)
-@each_family
-def test_short(monkeypatch, op, case):
-    metal.install(monkeypatch)
-    KernelProblem(op, case).check()
-
-
 @both_schedules
 @each_case(*LONG, *WIDE)
 @plain_families
 def test_shapes(monkeypatch, op, case, schedule):
     metal.install(monkeypatch)
     use_schedule(monkeypatch, schedule)
+    KernelProblem(op, case).check()
+
+
+@each_case(*SHORT)
+@each_family
+def test_short(monkeypatch, op, case):
+    metal.install(monkeypatch)
     KernelProblem(op, case).check()
 
 
