@@ -41,7 +41,7 @@
   const Spot at = lane_spot(thread_index_in_simdgroup);
   const int col0 = 8 * NC * simdgroup;
   const float scale = floats[0], ridge = floats[1];
-  const Walk walk = block_walk<false>(0, total, total);
+  const Walk walk = block_walk(0, total, total);
 
   const long q_base = batch * q_strides[0] + head * q_strides[2];
   const long k_base = batch * k_strides[0] + kv * k_strides[2];
@@ -62,7 +62,7 @@
                     thread_index, threads);
     if (simdgroup == 0) {
       const int lane = thread_index_in_simdgroup;
-      const float decay = lane < W ? walk_decay<false>(g + g_base, g_strides[1], walk, u + lane, total) : 1.0f;
+      const float decay = lane < rows ? g[g_base + (u + lane) * g_strides[1]] : 1.0f;
       decay_sums(cum, W, decay, LOG_ZERO, float2(0.0f, 0.0f), lane);
     }
     sync_threadgroup();
@@ -122,7 +122,7 @@
   const Spot at = lane_spot(thread_index_in_simdgroup);
   const int col0 = 8 * NC * simdgroup;
   const float scale = floats[0], ridge = floats[1];
-  const Walk walk = block_walk<false>(block, ints[0], total);
+  const Walk walk = block_walk(block, ints[0], total);
   const bool summed = block < blocks - 1;
 
   const long q_base = batch * q_strides[0] + head * q_strides[2];
@@ -146,7 +146,7 @@
                     thread_index, threads);
     if (simdgroup == 0) {
       const int lane = thread_index_in_simdgroup;
-      const float decay = lane < W ? walk_decay<false>(g + g_base, g_strides[1], walk, u + lane, total) : 1.0f;
+      const float decay = lane < rows ? g[g_base + (t + lane) * g_strides[1]] : 1.0f;
       decay_sums(cum, W, decay, LOG_ZERO, float2(0.0f, 0.0f), lane);
     }
     sync_threadgroup();

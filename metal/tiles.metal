@@ -161,15 +161,27 @@ METAL_FUNC void tile_add(thread Tile<R, C>& t, P p, int ld, int cols, float by, 
   }
 }
 
+template <int R, int C>
+METAL_FUNC void tile_sum(thread Tile<R, C>& t, thread Tile<R, C>& other) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    HLA_UNROLL
+    for (int c = 0; c < C; c++) {
+      float2 sum = frag_get(t.f[r][c]) + frag_get(other.f[r][c]);
+      frag_set(t.f[r][c], sum[0], sum[1]);
+    }
+  }
+}
+
 // c += A b with A (8R x 8K) in threadgroup memory at a, row-major with leading dimension ld;
-// TURNED: A is the transpose of what lies there; CAUSAL: A is zero above its diagonal blocks.
+// TURNED: A is the transpose of what lies there; CAUSAL: what lies there is zero above its diagonal blocks.
 template <int R, int K, int C, bool TURNED, bool CAUSAL, typename P>
 METAL_FUNC void tile_mma(thread Tile<R, C>& c, P a, int ld, thread Tile<K, C>& b, Spot at) {
   HLA_UNROLL
   for (int r = 0; r < R; r++) {
     HLA_UNROLL
     for (int k = 0; k < K; k++) {
-      if (!CAUSAL || k <= r) {
+      if (!CAUSAL || (TURNED ? k >= r : k <= r)) {
         Frag x = frag_read<TURNED>(TURNED ? a + 8 * k * ld + 8 * r : a + 8 * r * ld + 8 * k, ld, at);
         HLA_UNROLL
         for (int j = 0; j < C; j++) frag_mma(c.f[r][j], x, b.f[k][j]);
@@ -216,20 +228,40 @@ METAL_FUNC void tile_write_symmetric(thread Tile<R, C>& t, P p, int size, int co
   }
 }
 
-// This lane's part of the sum of all products of two tiles' elements; of one row of
-// fragments, row_sum makes the rows' sums of it.
-template <int R, int C>
-METAL_FUNC float tile_dot(thread Tile<R, C>& a, thread Tile<R, C>& b) {
+// This lane's part of the sum of all products of fragment row r of t and the block at p, which is zero
+// outside rows x cols.
+template <int R, int C, typename P>
+METAL_FUNC float tile_row_dot(
+    thread Tile<R, C>& t, int r, P p, int row_step, int col_step, int rows, int cols, Spot at) {
   float sum = 0.0f;
   HLA_UNROLL
-  for (int r = 0; r < R; r++) {
-    HLA_UNROLL
-    for (int c = 0; c < C; c++) {
-      float2 product = frag_get(a.f[r][c]) * frag_get(b.f[r][c]);
-      sum += product[0] + product[1];
-    }
+  for (int c = 0; c < C; c++) {
+    int row = 8 * r + at.row, col = 8 * c + at.col;
+    float2 pair = frag_get(t.f[r][c]);
+    if (row < rows && col < cols) sum += pair[0] * static_cast<float>(p[row * row_step + col * col_step]);
+    if (row < rows && col + 1 < cols) sum += pair[1] * static_cast<float>(p[row * row_step + (col + 1) * col_step]);
   }
   return sum;
+}
+
+// This lane's part of the sum over all rows.
+template <int R, int C, typename P>
+METAL_FUNC float tile_dot(thread Tile<R, C>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
+  float sum = 0.0f;
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) sum += tile_row_dot(t, r, p, row_step, col_step, rows, cols, at);
+  return sum;
+}
+
+// sums[r] = the dot product of row r of both.
+template <int R, int C, typename P>
+METAL_FUNC void tile_dot_rows(
+    threadgroup float* sums, thread Tile<R, C>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    const float sum = row_sum(tile_row_dot(t, r, p, row_step, col_step, rows, cols, at));
+    if (at.col == 0) sums[8 * r + at.row] = sum;
+  }
 }
 
 // ---- The decay inside a chunk --------------------------------------------------------------------

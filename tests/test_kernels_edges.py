@@ -171,8 +171,8 @@ def test_gradients_through_one_result(monkeypatch, op):
 
 
 @each_family
-def test_no_decay_takes_no_gradient_kernel(monkeypatch, op):
-    """g is None: a decay of 1, and the launches that only a decay's gradient needs are not made."""
+def test_no_decay_costs_no_gradient_of_it(monkeypatch, op):
+    """g is None: a decay of 1, and nothing is written that only a decay's gradient needs."""
     metal.install(monkeypatch)
     plain = KernelProblem(op, Case(T=40, D=16, V=16))
     decayed = KernelProblem(op, Case(T=40, D=16, V=16, decay="gates"))
@@ -181,9 +181,9 @@ def test_no_decay_takes_no_gradient_kernel(monkeypatch, op):
     for problem in (plain, decayed):
         with metal.counters() as c:
             out = everything(problem)
-        counted.append(c.launches)
+        counted.append(sum(c.written[name] for name in ("a", "borders", "r")) / 4)
         results.append(out[:-1] if problem is decayed else out)
-    assert counted[0] < counted[1]
+    assert counted[0] <= 3 * 3 < counted[1]  # one element each in each of up to three passes
     assert same_bits(*results)
 
 

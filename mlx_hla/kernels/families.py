@@ -35,57 +35,104 @@ def _state(family: str, q, k, v, state: State | None) -> State:
     return tuple(mx.zeros(shape, mx.float32) for shape in _shapes(family, q, k, v))
 
 
-@lru_cache(maxsize=256)
-def _pass(scale: float, power: int, decay: bool, dtype: mx.Dtype):
-    """LA_{g^power} as a differentiable function of x, y, z, g and the first state."""
+# ---- differentiable functions of arrays that all begin with B
 
-    @mx.custom_function
-    def run(x, y, z, g, first):
-        return passes.walk(x, y, z, g, first, power=power, read=scale, dtype=dtype)
 
-    @run.vjp
-    def run_vjp(primals, cotangents, outputs):
-        x, y, z, g, first = primals
-        do, d_last = cotangents
-        *grads, dg, d_first = passes.gradients(
-            x, y, z, g, first, do, d_last, power=power, scale=scale, decay=decay
-        )
-        return *grads, mx.zeros_like(g) if dg is None else dg, d_first
+def _twice(*_):
+    raise NotImplementedError("[mlx_hla] the kernels' gradients cannot be differentiated in reverse again")
+
+
+def mapped(function, vjp=_twice):
+    """`function` with its reverse mode, also under vmap: the mapped axis joins B."""
+    run = mx.custom_function(function)
+    run.vjp(vjp)
+
+    @run.vmap
+    def run_vmap(arrays, axes):
+        size = next(x.shape[a] for x, a in zip(arrays, axes, strict=True) if a is not None and a >= 0)
+
+        def fold(x, axis):
+            mapped = axis is not None and axis >= 0
+            x = mx.moveaxis(x, axis, 0) if mapped else mx.broadcast_to(x, (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        out = run(*(fold(x, a) for x, a in zip(arrays, axes, strict=True)))
+        return [x.reshape(size, -1, *x.shape[1:]) for x in out], [0] * len(out)
 
     return run
+
+
+@lru_cache(maxsize=256)
+def _pass(scale: float, power: int, decay: bool, dtype: mx.Dtype, same: bool):
+    """LA_{g^power} as a differentiable function of x, y, z (unless it is y), g and the first state."""
+
+    def unpack(arrays):
+        x, y, *z, g, first = arrays
+        return x, y, (y if same else z[0]), g, first
+
+    def run(*arrays):
+        return passes.walk(*unpack(arrays), power=power, scale=scale, dtype=dtype)
+
+    def back(*arrays):
+        *operands, entry, do, d_last = arrays
+        x, y, z, g = operands if not same else (*operands[:2], operands[1], operands[2])
+        grads = passes.gradients(x, y, z, g, entry, do, d_last, power=power, scale=scale, decay=decay)
+        return [d for d in grads if d is not None]
+
+    back = mapped(back)
+
+    def run_vjp(primals, cotangents, outputs):
+        *operands, g, _ = primals
+        *grads, d_first = back(*operands, g, outputs[2], *cotangents[:2])
+        return [*grads, *([] if decay else [mx.zeros_like(g)]), d_first]
+
+    return mapped(run, run_vjp)
 
 
 @lru_cache(maxsize=256)
 def _second(scale: float, ridge: float, decay: bool):
     """HLA2 as a differentiable function of q, k, v, g, S and F."""
 
-    @mx.custom_function
     def run(q, k, v, g, S, F):
         return second.forward(q, k, v, g, S, F, scale, ridge)
 
-    @run.vjp
+    def back(*arrays):
+        grads = second.gradients(*arrays[:9], arrays[9:], scale, ridge, decay)
+        return [d for d in grads if d is not None]
+
+    back = mapped(back)
+
     def run_vjp(primals, cotangents, outputs):
-        dq, dk, dv, dg, dS, dF = second.gradients(*primals, *cotangents, scale, ridge, decay)
-        return dq, dk, dv, mx.zeros_like(primals[3]) if dg is None else dg, dS, dF
+        *grads, dS, dF = back(*primals, *cotangents[:3], *outputs[3:])
+        return [*grads, *([] if decay else [mx.zeros_like(primals[3])]), dS, dF]
 
-    return run
+    return mapped(run, run_vjp)
 
 
-def _in_segments(function, q, k, v, g, state: State) -> tuple[mx.array, State]:
-    """`function` over stretches of T that one launch may take, the state carried from one to the next."""
+def _in_segments(function, arrays, state: State, work: tuple[int, ...]) -> tuple[mx.array, State]:
+    """`function` over stretches of T that one launch may take, the state carried from one to the next.
+
+    work: heads (times B), T, D and DV, as `plan.segments` takes them.
+    """
     parts = []
-    for cut in segments(q.shape[0] * q.shape[2], q.shape[1], q.shape[3], v.shape[3]):
-        o, *state = function(q[:, cut], k[:, cut], v[:, cut], g[:, cut], *state)
+    for cut in segments(*work):
+        o, *rest = function(*(x[:, cut] for x in arrays), *state)
+        state = tuple(rest[: len(state)])  # what is left is the backward's
         parts.append(o)
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1), tuple(state)
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1), state
 
 
 def linear(q, k, v, g=None, state: State | None = None, *, scale=1.0, power=1, dtype=None):
-    """LA_{g^power}: `o_t = scale · P_tᵀ q_t`; q, k, v may differ in dtype and head counts; o in `dtype`."""
+    """LA_{g^power}: `o_t = scale · P_tᵀ q_t`; q, k, v may differ in dtype and head counts; o in `dtype`.
+
+    Where v is k itself it is read once.
+    """
     heads = max(k.shape[2], v.shape[2])
     first = state or (mx.zeros((k.shape[0], heads, k.shape[3], v.shape[3])),)
-    run = _pass(float(scale), power, g is not None, dtype or q.dtype)
-    return _in_segments(run, q, k, v, _decay(g, k.shape[:2]), first)
+    same = v is k
+    run = _pass(float(scale), power, g is not None, dtype or q.dtype, same)
+    arrays = (q, k, *(() if same else (v,)), _decay(g, k.shape[:2]))
+    return _in_segments(run, arrays, first, (q.shape[0] * q.shape[2], q.shape[1], q.shape[3], v.shape[3]))
 
 
 def hla2(q, k, v, g=None, state: State | None = None, *, scale=1.0, ridge=0.0):
@@ -93,10 +140,10 @@ def hla2(q, k, v, g=None, state: State | None = None, *, scale=1.0, ridge=0.0):
     state = _state("hla2", q, k, v, state)
     if fused(max(q.shape[3], v.shape[3])):
         run = _second(float(scale), float(ridge), g is not None)
-        return _in_segments(run, q, k, v, _decay(g, k.shape[:2]), state)
+        work = (q.shape[0] * q.shape[2], q.shape[1], q.shape[3], v.shape[3])
+        return _in_segments(run, (q, k, v, _decay(g, k.shape[:2])), state, work)
     kt, S = linear(q, k, k, g, state[:1], scale=scale, dtype=second.between(q.dtype))
-    if ridge:
-        kt = kt + scale * ridge * q.astype(kt.dtype)
+    kt = second.add_ridge(kt, q, scale * ridge)
     o, F = linear(q, kt, v, g, state[1:], scale=scale, power=2)
     return o, (*S, *F)
 
@@ -123,12 +170,10 @@ def hla3(q, k, v, g=None, state: State | None = None, *, scale=1.0):
 def _step(family: str, scale: float, ridge: float, decay: bool, packed: bool):
     """One token; its gradient is the sequence's at T = 1."""
 
-    @mx.custom_function
     def run(q, k, v, g, *state):
         o, state = one_token.step(family, q, k, v, g, state, passes.floats(scale, ridge), packed)
         return o, *state
 
-    @run.vjp
     def run_vjp(primals, cotangents, outputs):
         options = {"scale": scale} | ({"ridge": ridge} if family == "hla2" else {})
         sequence = {"linear": linear, "hla2": hla2, "ahla": ahla, "hla3": hla3}[family]
@@ -143,7 +188,7 @@ def _step(family: str, scale: float, ridge: float, decay: bool, packed: bool):
 
         return mx.vjp(whole, list(primals), list(cotangents))[1]
 
-    return run
+    return mapped(run, run_vjp)
 
 
 def step(

@@ -1,14 +1,12 @@
-"""Launches of metal/linear.metal: one pass LA_{g^p} over a sequence, forward, reversed, and its gradients."""
+"""Launches of metal/linear.metal and metal/backward.metal: one pass LA_{g^p} and its gradients."""
 
 # B batch, T time, S heads of the state, O heads of the output, DY key dim, DZ value dim, N blocks
 
 from __future__ import annotations
 
-import math
-
 import mlx.core as mx
 
-from .plan import STRIPE, Blocks, blocks, ceil_div, chunk_width, decay_chunk, decay_stripe
+from .plan import STRIPE, Blocks, back_shape, blocks, ceil_div, chunk_width
 from .source import kernel
 
 TINY = 1e-30  # stands for a decay of 0 where its gradient divides by it
@@ -27,22 +25,22 @@ def stripes(dim: int, stripe: int = STRIPE) -> int:
     return ceil_div(dim, 8 * stripe)
 
 
-def block_sums(y, z, g, cut: Blocks, factors, rev: bool, skip: int = 1) -> tuple[mx.array, mx.array]:
-    """What each block adds to the state `[B, S, N - skip, DY, DZ]`, and its log decay.
+def block_sums(y, z, g, cut: Blocks, factors, back: bool) -> tuple[mx.array, mx.array]:
+    """What each block adds to the state, or to its adjoint, `[B, S, N - 1, DY, DZ]`, and its log decay.
 
-    skip = 1 leaves out the block that the walk comes to last: nobody enters a block after it.
+    The block that the walk comes to last is left out: nobody enters a block after it.
     """
     B, DY, DZ, S = y.shape[0], y.shape[3], z.shape[3], max(y.shape[2], z.shape[2])
-    N, threads = cut.count - skip, 32 * stripes(DZ)
+    N, threads = cut.count - 1, 32 * stripes(DZ)
     return kernel("linear", "linear_sums")(
-        inputs=[y, z, g, ints(cut.length, skip if rev else 0), factors],
+        inputs=[y, z, g, ints(cut.length, 1 if back else 0), factors],
         template=[
             ("TY", y.dtype),
             ("DY", DY),
             ("DZ", DZ),
             ("W", chunk_width([(DY, y.dtype)])),
             ("NC", STRIPE),
-            ("REV", rev),
+            ("BACK", back),
             ("SAME", y is z),
         ],
         output_shapes=[(B, S, N, DY, DZ), (B, S, N, 2)],
@@ -52,14 +50,14 @@ def block_sums(y, z, g, cut: Blocks, factors, rev: bool, skip: int = 1) -> tuple
     )
 
 
-def border_states(sums, logs, first, factors, rev: bool) -> mx.array:
+def border_states(sums, logs, first, factors, back: bool) -> mx.array:
     """The states at the borders of N blocks `[B, S, N + 1, DY, DZ]`, from what the blocks add."""
     B, S, N, DY, DZ = sums.shape
     size = DY * DZ
     threads = min(256, 32 * ceil_div(size, 32))
     return kernel("linear", "linear_scan")(
         inputs=[sums, logs, first, factors],
-        template=[("REV", rev)],
+        template=[("BACK", back)],
         output_shapes=[(B, S, N + 1, DY, DZ)],
         output_dtypes=[mx.float32],
         grid=(threads * ceil_div(size, threads), B * S, 1),
@@ -67,7 +65,7 @@ def border_states(sums, logs, first, factors, rev: bool) -> mx.array:
     )[0]
 
 
-def outputs(x, y, z, g, entry, cut: Blocks, factors, rev: bool, dtype) -> tuple[mx.array, mx.array]:
+def outputs(x, y, z, g, entry, cut: Blocks, factors, dtype) -> tuple[mx.array, mx.array]:
     """(o `[B, T, O, DZ]`, state after the walk `[B, S, DY, DZ]`) of one pass from its entry states."""
     B, T, X, DY = x.shape
     DZ, S = z.shape[3], entry.shape[1]
@@ -82,7 +80,6 @@ def outputs(x, y, z, g, entry, cut: Blocks, factors, rev: bool, dtype) -> tuple[
             ("DZ", DZ),
             ("W", chunk_width([(DY, x.dtype), (DY, y.dtype)])),
             ("NC", STRIPE),
-            ("REV", rev),
         ],
         output_shapes=[(B, T, heads, DZ), (B, S, DY, DZ)],
         output_dtypes=[dtype, mx.float32],
@@ -91,17 +88,23 @@ def outputs(x, y, z, g, entry, cut: Blocks, factors, rev: bool, dtype) -> tuple[
     )
 
 
-def walk(
-    x, y, z, g, first, *, power=1, read=1.0, write=1.0, rev=False, dtype=None, cut: Blocks | None = None
-):
-    """One pass LA from the state `first`: (o `[B, T, O, DZ]`, state after the walk `[B, S, DY, DZ]`)."""
-    cut = cut or blocks(x.shape[1], x.shape[0] * max(a.shape[2] for a in (x, y, z)))
-    factors = floats(power, read, write)
+def entries(y, z, g, border, cut: Blocks, factors, back: bool = False) -> mx.array:
+    """The states that enter N blocks `[B, S, N, DY, DZ]` from the one at the border where the walk starts."""
     if cut.count == 1:
-        entry = first[:, :, None]
-    else:
-        entry = border_states(*block_sums(y, z, g, cut, factors, rev), first, factors, rev)
-    return outputs(x, y, z, g, entry, cut, factors, rev, dtype or x.dtype)
+        return border[:, :, None]
+    return border_states(*block_sums(y, z, g, cut, factors, back), border, factors, back)
+
+
+def cut_of(*operands: mx.array) -> Blocks:
+    """How a pass over these operands is cut."""
+    return blocks(operands[0].shape[1], operands[0].shape[0] * max(x.shape[2] for x in operands))
+
+
+def walk(x, y, z, g, first, *, power=1, scale=1.0, dtype=None):
+    """One pass: (o `[B, T, O, DZ]`, last state `[B, S, DY, DZ]`, entry states `[B, S, N, DY, DZ]`)."""
+    cut, factors = cut_of(x, y, z), floats(power, scale)
+    entry = entries(y, z, g, first, cut, factors)
+    return *outputs(x, y, z, g, entry, cut, factors, dtype or x.dtype), entry
 
 
 # ---- gradients
@@ -124,58 +127,94 @@ def spread(state: mx.array, heads: int) -> mx.array:
     return parts.reshape(B, heads, *shape)
 
 
-def decay_terms(x, y, z, do, g, first, d_last, *, power, scale) -> mx.array:
-    """r `[B, T, O]`, every term of the loss that holds a token's decay: dg = power · r / g."""
-    (B, T, _, DY), DZ, heads = x.shape, z.shape[3], do.shape[2]
-    stripe = decay_stripe(max(DY, DZ))
-    simdgroups = stripes(DZ, stripe)
-    width, room = decay_chunk([(DY, x.dtype), (DY, y.dtype)], [(DZ, do.dtype), (DZ, z.dtype)], simdgroups)
-    cut = Blocks(width, ceil_div(T, width))
-    ahead, back = floats(power, scale, 1.0), floats(power, 1.0, scale)
-    before = border_states(*block_sums(y, z, g, cut, ahead, False, 0), first, ahead, False)
-    after = border_states(*block_sums(x, do, g, cut, back, True, 0), d_last, back, True)
+def back_queries(x, y, z, g, do, entry, plus, cut: Blocks, width: int, factors, decay: bool):
+    """(dx + plus `[B, T, O, DY]`, a and S before every chunk of `width` tokens for `back_keys`)."""
+    (B, T, heads, DZ), DY, S = do.shape, y.shape[3], entry.shape[1]
+    threads = 32 * stripes(DY)
+    return kernel("backward", "back_queries")(
+        inputs=[x, y, z, do, g, entry, x if plus is None else plus, ints(cut.length), factors],
+        template=[
+            ("TZ", z.dtype),
+            ("TD", do.dtype),
+            ("TO", x.dtype),
+            ("DY", DY),
+            ("DZ", DZ),
+            ("W", width),
+            ("NC", STRIPE),
+            ("DECAY", decay),
+            ("PLUS", plus is not None),
+            ("SAME", y is z),
+        ],
+        output_shapes=[
+            (B, T, heads, DY),
+            (B, T, heads) if decay else (1,),
+            (B, S, ceil_div(T, width), DZ, DY) if decay else (1,),
+        ],
+        output_dtypes=[x.dtype, mx.float32, mx.float32],
+        grid=(threads, cut.count, B * heads),
+        threadgroup=(threads, 1, 1),
+    )
+
+
+def back_keys(x, y, z, g, do, after, a, borders, cut: Blocks, shape, factors, decay: bool):
+    """(dy, dz or None where y is z, r in parts, gradient of the first state), per head of do."""
+    (B, T, heads, DZ), DY, same = do.shape, y.shape[3], y is z
+    simdgroups = 2 * ceil_div(ceil_div(max(DY, DZ), 8), shape.stripe * shape.halves)
+    dtypes = [k.dtype if k.shape[2] == heads else mx.float32 for k in (y, z)]
     threads = 32 * simdgroups
-    return kernel("linear", "linear_decay")(
-        inputs=[x, y, z, do, g, before, after, floats(power, scale, 1.0, math.log(TINY))],
+    dy, dz, r, first = kernel("backward", "back_keys")(
+        inputs=[
+            x,
+            y,
+            z,
+            do,
+            g,
+            after,
+            a if decay else g,
+            borders if decay else after,
+            ints(cut.length),
+            factors,
+        ],
         template=[
             ("TX", x.dtype),
             ("TY", y.dtype),
             ("TZ", z.dtype),
             ("TD", do.dtype),
+            ("TOY", dtypes[0]),
+            ("TOZ", dtypes[1]),
             ("DY", DY),
             ("DZ", DZ),
-            ("W", width),
-            ("NC", stripe),
-            ("ROOM", room),
+            ("W", shape.width),
+            ("NC", shape.stripe),
+            ("HALVES", shape.halves),
+            ("DECAY", decay),
+            ("SAME", same),
         ],
-        output_shapes=[(B, T, heads)],
-        output_dtypes=[mx.float32],
-        grid=(threads, cut.count, B * heads),
+        output_shapes=[
+            (B, T, heads, DY),
+            (1,) if same else (B, T, heads, DZ),
+            (B, T, heads, shape.halves) if decay else (1,),
+            (B, heads, DY, DZ),
+        ],
+        output_dtypes=[*dtypes, mx.float32, mx.float32],
+        grid=(threads * shape.halves, cut.count, B * heads),
         threadgroup=(threads, 1, 1),
-    )[0]
+    )
+    return dy, None if same else dz, r, first
 
 
-def gradients(x, y, z, g, first, do, d_last, *, power=1, scale=1.0, decay=True):
-    """Gradients of x, y, z, g (as [B, T, Hg], None unless `decay`) and first of one pass."""
-    heads = do.shape[2]
-    d_state = spread(d_last, heads)
-    # dx = LA(do, z, y), from the transposed state
-    dx, _ = walk(do, z, y, g, first.swapaxes(2, 3), power=power, read=scale, dtype=x.dtype)
-    # dy = REV LA(z, do, x), dz = REV LA(y, x, do): both walk the gradient of the state
-    kind = {"power": power, "write": scale, "rev": True}
-    dtype = [a.dtype if a.shape[2] == heads else mx.float32 for a in (y, z)]
-    dy, _ = walk(z, do, x, g, d_state.swapaxes(2, 3), dtype=dtype[0], **kind)
-    dz, d_first = walk(y, x, do, g, d_state, dtype=dtype[1], **kind)
-    dy, dz = shared(dy, y.shape[2]).astype(y.dtype), shared(dz, z.shape[2]).astype(z.dtype)
-    # The walk stops before the first token's decay.
-    d_first = d_first * _per_head(g[:, 0], heads)[..., None, None] ** power
-    d_first = shared(d_first, first.shape[1], 1)
-    if not decay:
-        return dx, dy, dz, None, d_first
-    terms = shared(decay_terms(x, y, z, do, g, first, d_state, power=power, scale=scale), g.shape[2])
-    return dx, dy, dz, power * terms / mx.maximum(g, TINY), d_first
+def gradients(x, y, z, g, entry, do, d_last, *, power=1, scale=1.0, decay=True, plus=None):
+    """Gradients of x (added to `plus`), y, z, g and the first state of one pass, from its entry states.
 
-
-def _per_head(g: mx.array, heads: int) -> mx.array:
-    """[B, Hg] -> [B, heads], neighbours sharing one."""
-    return mx.repeat(g, heads // g.shape[1], axis=1)
+    y is z: the gradient of that one array takes the place of y's, and z's is None. g's is `[B, T, Hg]`, None
+    unless `decay`.
+    """
+    heads, cut, factors = do.shape[2], cut_of(x, y, z), floats(power, scale)
+    shape = back_shape(*((a.shape[3], a.dtype) for a in ((x, y, do) if y is z else (x, y, do, z))))
+    dx, a, borders = back_queries(x, y, z, g, do, entry, plus, cut, shape.width, factors, decay)
+    after = entries(x, do, g, spread(d_last, heads), cut, factors, back=True)
+    dy, dz, r, first = back_keys(x, y, z, g, do, after, a, borders, cut, shape, factors, decay)
+    dy = shared(dy, y.shape[2]).astype(y.dtype)
+    dz = None if dz is None else shared(dz, z.shape[2]).astype(z.dtype)
+    dg = power * shared(r.flatten(2), g.shape[2]) / mx.maximum(g, TINY) if decay else None
+    return dx, dy, dz, dg, shared(first, entry.shape[1], 1)

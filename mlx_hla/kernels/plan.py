@@ -79,19 +79,36 @@ def step_simdgroups(D: int, DV: int, groups: int) -> int:
     return want
 
 
-def decay_stripe(width: int) -> int:
-    """Stripe of the decay's gradient, which holds two states of that width."""
-    return 2 if width <= 64 else 1
+@dataclass(frozen=True)
+class Back:
+    """Shape of a pass's backward: chunk width, stripe, threadgroups that divide the columns of a head."""
+
+    width: int
+    stripe: int
+    halves: int
 
 
-def decay_chunk(first, second, simdgroups: int) -> tuple[int, int]:
-    """Chunk width of the decay's gradient, and the floats in which either pair of tiles is staged."""
-    for width in (64, 32, 16):
-        room = max(sum(tile_bytes(width, dim, dtype) for dim, dtype in pair) for pair in (first, second))
-        rest = 4 * width * (width // 4 + 9 + 2 * simdgroups) + 8 * (width + 1) + 4 * simdgroups + 64
-        if room + rest <= THREADGROUP_BYTES:
-            return width, ceil_div(room, 4)
-    raise ValueError(f"no chunk width fits {first} and {second}")
+def back_bytes(width: int, dims: list[tuple[int, mx.Dtype]], halves: int) -> int:
+    """Threadgroup bytes of the backward walk: its staged tiles, two matrices of scores, parts of dg."""
+    widest = max(dim for dim, _ in dims)
+    simdgroups = ceil_div(ceil_div(widest, 8), STRIPE * halves)
+    tiles = sum(tile_bytes(width, widest, dtype) for _, dtype in dims)
+    sums = 4 * (width * (width // 4 + 9 + simdgroups) + simdgroups)
+    return tiles + 8 * width * (width + 4) + 16 * width + sums + 64
+
+
+def back_shape(*staged: tuple[int, mx.Dtype]) -> Back:
+    """The widest chunk whose staged tiles (dim, dtype) fit.
+
+    Every 16 columns of a head take two simdgroups. Above 96 columns those would be 512 threads with 80
+    registers of tiles each, so two threadgroups share the head.
+    """
+    dims = list(staged)
+    halves = 1 if max(dim for dim, _ in dims) <= 96 else 2
+    for width in (32, 16, 8):
+        if back_bytes(width, dims, halves) <= THREADGROUP_BYTES:
+            return Back(width, STRIPE, halves)
+    raise ValueError(f"no chunk width fits {staged}")
 
 
 # Watchdog: macOS stops a launch that holds the GPU for seconds. One walk of a head of 64 x 64 costs about

@@ -56,25 +56,36 @@ def middle(q, k, v, g, entry, cut: Blocks, scale: float, ridge: float):
 
 
 def forward(q, k, v, g, S, F, scale: float, ridge: float, cut: Blocks | None = None):
-    """(o, S, F) by the schedule that fits: one walk where the heads fill the GPU, else blocks."""
+    """(o, S, F) by the schedule that fits: one walk where the heads fill the GPU, else blocks.
+
+    Blocks also give what the backward takes: K̃ and the states S and F that enter the blocks.
+    """
     B, T, Hq, _ = q.shape
     cut = cut or blocks(T, B * Hq)
     if cut.count == 1:
         return walk(q, k, v, g, S, F, scale, ridge)
-    one, two = floats(1, scale, 1), floats(2, scale, 1)
-    borders = passes.border_states(*passes.block_sums(k, k, g, cut, one, False), S, one, False)
-    kt, sums, logs, S = middle(q, k, v, g, borders, cut, scale, ridge)
-    borders = passes.border_states(sums, logs, F, two, False)
-    o, F = passes.outputs(q, kt, v, g, borders, cut, two, False, q.dtype)
-    return o, S, F
+    one, two = floats(1, scale), floats(2, scale)
+    S_entry = passes.entries(k, k, g, S, cut, one)
+    kt, sums, logs, S = middle(q, k, v, g, S_entry, cut, scale, ridge)
+    F_entry = passes.border_states(sums, logs, F, two, False)
+    o, F = passes.outputs(q, kt, v, g, F_entry, cut, two, q.dtype)
+    return o, S, F, kt, S_entry, F_entry
 
 
-def gradients(q, k, v, g, S, F, do, dS, dF, scale: float, ridge: float, decay: bool):
+def add_ridge(kt, q, factor: float):
+    """K̃ + scale · ridge · Q; the product in K̃'s dtype."""
+    return kt + factor * q.astype(kt.dtype) if factor else kt
+
+
+def gradients(q, k, v, g, S, F, do, dS, dF, kept, scale: float, ridge: float, decay: bool):
     """Gradients of q, k, v, g, S and F: the second pass backward, then the first."""
-    kt, _ = passes.walk(q, k, k, g, S, read=scale, dtype=between(q.dtype))
-    if ridge:
-        kt = kt + (scale * ridge * q).astype(kt.dtype)
-    dq, dkt, dv, dg, dF = passes.gradients(q, kt, v, g, F, do, dF, power=2, scale=scale, decay=decay)
-    dq1, dk1, dk2, dg1, dS = passes.gradients(q, k, k, g, S, dkt, dS, scale=scale, decay=decay)
-    dq = dq + dq1 + (scale * ridge * dkt).astype(dq.dtype)
-    return dq, dk1 + dk2, dv, dg + dg1 if decay else None, dS, dF
+    if kept:
+        kt, S_entry, F_entry = kept
+    else:
+        kt, _, S_entry = passes.walk(q, k, k, g, S, scale=scale, dtype=between(q.dtype))
+        kt, F_entry = add_ridge(kt, q, scale * ridge), F[:, :, None]
+    options = {"scale": scale, "decay": decay}
+    dq, dkt, dv, dg2, dF = passes.gradients(q, kt, v, g, F_entry, do, dF, power=2, **options)
+    dq = add_ridge(dq, dkt, scale * ridge)
+    dq, dk, _, dg, dS = passes.gradients(q, k, k, g, S_entry, dkt, dS, plus=dq, **options)
+    return dq, dk, dv, dg + dg2 if decay else None, dS, dF

@@ -1,0 +1,331 @@
+// Gradients of a pass LA_{g^p} (linear.metal) from the states at the borders of its blocks: two walks.
+//
+//     S_t = g_t^p S_{t-1} + y_t z_t^T      o_t = scale S_t^T x_t      d_t, the gradient of o_t
+//     G_t = g_{t+1}^p G_{t+1} + scale x_t d_t^T                       the gradient of S_t
+//
+//     dx_t = scale S_t d_t     dy_t = G_t z_t     dz_t = G_t^T y_t     dg_t = p r_t / g_t
+//
+// r_t is the sum of all terms of <d, o> + <G_T, S_T> that hold the decay of token t. With S before a chunk, G
+// after it, and D, b as in tiles.metal, M_ij = scale D_ij^p (x_i . y_j)(d_i . z_j) of its tokens:
+//
+//     r_t = sum_{i >= t > j} M_ij + sum_{i >= t} a_i + sum_{j < t} c_j + whole
+//     a_i = scale b_i^p x_i^T S d_i    c_j = (b_end / b_j)^p y_j^T G z_j    whole = b_end^p <S, G>
+//
+// Nothing is subtracted, so a tiny r_t keeps its digits. A decay of 0 counts as 1e-30 in the factors b and D of
+// these terms, which the division takes out again; everywhere else it is an exact zero.
+//
+//     back_queries   forward in time with S: dx, and for the decay a and S before every chunk   (grid NB x B Ho)
+//     back_keys      backward in time with G: dy, dz and r                                       (grid NB x B Ho)
+//
+// Both take the blocks of L tokens and chunks of W. Before them, linear_sums and linear_scan give G at the borders
+// of the blocks as the forward has given S. Heads and threads are as in linear.metal.
+//
+// Registers of a thread, 32-bit, by tiles: a state of K fragments by NC takes 2 K NC, a tile of the chunk
+// 2 (W / 8) NC, and two of those are alive with the state. D = 64: 32 + 16 + 16 with W = 32. D = 96: 48 + 8 + 8
+// with W = 16. D = 128: 64 + 8 + 8. A thread has 128, and 104 where a threadgroup has 512 threads: so back_keys
+// above 96 divides a head's columns between two threadgroups of 256 (plan.back_shape).
+// Mirrors passes.gradients.
+//# uses: linear
+
+constant constexpr float LOG_TINY = -69.07755f;
+
+// The sums of a chunk's logs, with a decay of 0 as exact zero and as 1e-30. One simdgroup; W <= 32.
+template <int W, bool DECAY, typename G>
+METAL_FUNC void both_decay_sums(threadgroup float2* cum, threadgroup float2* least, G g, long step, int rows, int lane) {
+  const float decay = lane < rows ? g[lane * step] : 1.0f;
+  decay_sums(cum, W, decay, LOG_ZERO, float2(0.0f, 0.0f), lane);
+  if (DECAY) decay_sums(least, W, decay, LOG_TINY, float2(0.0f, 0.0f), lane);
+}
+
+// One gradient's columns of a chunk, out = (b_end / b)^p A state (as it stands) + p^T right, in two steps: the
+// carried part, then the chunk's own, after which the state steps back: state = b_end^p state + scale U^T b^p right.
+template <int K, int R, int NC, typename PU, typename PR>
+METAL_FUNC void step_back(
+    thread Tile<R, NC>& out, thread Tile<K, NC>& state, threadgroup const float* p, int ldp, PU u, int ldu, PR right,
+    int ldr, int cols, threadgroup const float2* cum, float power, float scale, Spot at) {
+  tile_decay_to_end(out, cum, power, 1.0f, at);
+  Tile<R, NC> r;
+  tile_read(r, right, ldr, 1, 8 * R, cols, at);
+  tile_mma<R, R, NC, true, true>(out, p, ldp, r, at);  // out += P^T right
+  tile_decay_from_start(r, cum, power, scale, at);
+  tile_scale(state, decay_since_start(cum[8 * R - 1], power));
+  tile_mma<K, R, NC, true, false>(state, u, ldu, r, at);
+}
+
+//# kernel back_queries
+//# inputs: x y z d g entry plus ints floats
+//# outputs: dx a borders
+//
+// x [B, T, Hx, DY], y, z, d [B, T, Ho, DZ], g: any strides. entry [B, Hs, NB, DY, DZ] float32, any strides: S
+// entering each block. ints: L. floats: p, scale. dx [B, T, Ho, DY] in TO, plus `plus` of the same shape, any
+// strides, where PLUS. DECAY: a [B, T, Ho] float32; borders [B, Hs, ceil(T / W), DZ, DY] float32: S^T before
+// each chunk, by the first of the heads that share it. Without DECAY both have one element, zero.
+// TZ, TD, TO dtypes, DY, DZ widths, W chunk, NC stripe; DECAY, PLUS; SAME: z is y, which is read once.
+// Threads: 32 per stripe of 8 NC columns of y.
+// Threadgroup bytes: W (DZ' + pad) (sizeof(TD) + sizeof(TZ)) + 4 W (W + 4) + 4 W stripes + 16 W.
+//# body
+  constexpr int K = (DZ + 7) / 8, R = W / 8, LDD = 8 * K + 16 / sizeof(TD), LDZ = 8 * K + 16 / sizeof(TZ);
+  constexpr int LDP = W + 4, NS = (DY + 8 * NC - 1) / (8 * NC);
+  threadgroup TD ds[W * LDD];
+  threadgroup TZ zs[W * LDZ];
+  threadgroup float ps[W * LDP];
+  threadgroup float reads[NS * W];
+  threadgroup float2 cum[W], least[W];
+
+  const int thread_index = thread_index_in_threadgroup, threads = threads_per_threadgroup.x;
+  const int simdgroup = simdgroup_index_in_threadgroup;
+  const int block = threadgroup_position_in_grid.y, bh = threadgroup_position_in_grid.z;
+  const int ho = d_shape[2], hs = entry_shape[1], total = d_shape[1];
+  const int batch = bh / ho, head = bh % ho, shead = head * hs / ho;
+  const Spot at = lane_spot(thread_index_in_simdgroup);
+  const int col0 = 8 * NC * simdgroup;
+  const float power = floats[0], scale = floats[1];
+  const Walk walk = block_walk(block, ints[0], total);
+
+  const long x_base = batch * x_strides[0] + (head * x_shape[2] / ho) * x_strides[2] + col0 * x_strides[3];
+  const long y_base = batch * y_strides[0] + (head * y_shape[2] / ho) * y_strides[2] + col0 * y_strides[3];
+  const long z_base = batch * z_strides[0] + (head * z_shape[2] / ho) * z_strides[2];
+  const long d_base = batch * d_strides[0] + head * d_strides[2];
+  const long g_base = batch * g_strides[0] + (head * g_shape[2] / ho) * g_strides[2];
+
+  Tile<K, NC> state;  // S^T
+  tile_read(state,
+            entry + batch * entry_strides[0] + shead * entry_strides[1] + block * entry_strides[2] +
+                col0 * entry_strides[3],
+            int(entry_strides[4]), int(entry_strides[3]), DZ, DY - col0, at);
+  for (int u = 0; u < walk.count; u += W) {
+    const int rows = min(W, walk.count - u), t = walk.first + u;
+    stage<W, 8 * K>(ds, LDD, d + d_base + t * d_strides[1], int(d_strides[1]), int(d_strides[3]), rows, DZ,
+                    thread_index, threads);
+    stage<W, 8 * K>(zs, LDZ, z + z_base + t * z_strides[1], int(z_strides[1]), int(z_strides[3]), rows, DZ,
+                    thread_index, threads);
+    if (simdgroup == 0) {
+      both_decay_sums<W, DECAY>(cum, least, g + g_base + t * g_strides[1], g_strides[1], rows,
+                                thread_index_in_simdgroup);
+    }
+    sync_threadgroup();
+    scores<W, K>(ps, LDP, ds, LDD, zs, LDZ, cum, power, scale, simdgroup, threads / 32, at);
+    Tile<R, NC> ys, out;
+    tile_zero(out);
+    tile_mma<R, K, NC, false, false>(out, ds, LDD, state, at);  // dX = scale b d S^T
+    if (DECAY) {
+      tile_dot_rows(reads + simdgroup * W, out, x + x_base + t * x_strides[1], int(x_strides[1]), int(x_strides[3]), rows,
+               DY - col0, at);
+      if (head % (ho / hs) == 0) {
+        const long slot = (long(batch) * hs + shead) * ((total + W - 1) / W) + t / W;
+        tile_write<float>(state, borders + slot * (DY * DZ) + col0, DY, 1, DZ, DY - col0, at);
+      }
+    }
+    tile_decay_from_start(out, cum, power, scale, at);
+    if (SAME) {
+      tile_read(ys, zs + col0, LDZ, 1, W, 8 * K - col0, at);
+    } else {
+      tile_read(ys, y + y_base + t * y_strides[1], int(y_strides[1]), int(y_strides[3]), rows, DY - col0, at);
+    }
+    sync_threadgroup();
+    tile_mma<R, R, NC, false, true>(out, ps, LDP, ys, at);  // dX += (D^p scale d z^T) Y
+    if (PLUS) {
+      Tile<R, NC> more;
+      tile_read(more,
+                plus + batch * plus_strides[0] + t * plus_strides[1] + head * plus_strides[2] + col0 * plus_strides[3],
+                int(plus_strides[1]), int(plus_strides[3]), rows, DY - col0, at);
+      tile_sum(out, more);
+    }
+    tile_write<TO>(out, dx + ((long(batch) * total + t) * ho + head) * DY + col0, ho * DY, 1, rows, DY - col0, at);
+    tile_decay_to_end(ys, cum, power, 1.0f, at);
+    tile_scale(state, decay_since_start(cum[W - 1], power));
+    tile_mma<K, R, NC, true, false>(state, zs, LDZ, ys, at);  // S^T = b_W S^T + Z^T (b_W / b) Y
+    if (DECAY && thread_index < rows) {
+      float sum = 0.0f;
+      for (int n = 0; n < NS; n++) sum += reads[n * W + thread_index];
+      a[(long(batch) * total + t + thread_index) * ho + head] =
+          scale * sum * decay_since_start(least[thread_index], power);
+    }
+    sync_threadgroup();
+  }
+  if (!DECAY && block == 0 && bh == 0 && thread_index == 0) {
+    a[0] = 0.0f;
+    borders[0] = 0.0f;
+  }
+
+//# kernel back_keys
+//# inputs: x y z d g after a borders ints floats
+//# outputs: dy dz r first
+//
+// x, y, z, d, g: as in back_queries, with its a and borders where DECAY. after [B, Ho, NB, DY, DZ] float32, any
+// strides: G leaving each block at its end. ints: L. floats: p, scale.
+// dy [B, T, Ho, DY] in TOY, dz [B, T, Ho, DZ] in TOZ; SAME: dy is the sum of both and dz one element, zero.
+// r [B, T, Ho, HALVES] float32, in parts to be added (without DECAY one element, zero); first [B, Ho, DY, DZ]
+// float32: G before the first token.
+// TX, TY, TZ, TD, TOY, TOZ dtypes, DY, DZ widths, W chunk, NC stripe, HALVES, DECAY; SAME: z is y, read once.
+// Threads: 32 per stripe of 8 NC columns of the wider of dy and dz, for dz and as many for dy; HALVES = 2:
+// half of them in each of two threadgroups, x of the grid.
+// Threadgroup bytes: W (M' + pad) (sizeof(TX) + sizeof(TY) + sizeof(TZ) + sizeof(TD)), M' the wider of both,
+// + 8 W (W + 4) + 16 W, and where DECAY 4 (W (W / 4 + 9 + NS) + NS), NS the simdgroups of dz.
+//# body
+  constexpr int K = ((DY > DZ ? DY : DZ) + 7) / 8, R = W / 8, LDP = W + 4;
+  constexpr int NS = (K + NC * HALVES - 1) / (NC * HALVES);
+  constexpr int LDX = 8 * K + 16 / sizeof(TX), LDY = 8 * K + 16 / sizeof(TY);
+  constexpr int LDD = 8 * K + 16 / sizeof(TD), LDZ = 8 * K + 16 / sizeof(TZ), LDS = 8 * K + 4;
+  constexpr int XD_BYTES = W * (LDX * sizeof(TX) + LDD * sizeof(TD)), Y_BYTES = W * LDY * sizeof(TY);
+  constexpr int ROOM = XD_BYTES + Y_BYTES + (SAME ? 0 : W * LDZ * int(sizeof(TZ)));
+  threadgroup float room[ROOM / 4];
+  threadgroup float ps[W * LDP], ms[W * LDP];
+  threadgroup float2 cum[W], least[W];
+  threadgroup float by_row[DECAY ? W * R : 1], by_col[DECAY ? W * R : 1], diagonal[DECAY ? W * 8 : 1];
+  threadgroup float tails[DECAY ? W : 1], writes[DECAY ? NS * W : 1], wholes[DECAY ? NS : 1];
+  threadgroup TX* xs = reinterpret_cast<threadgroup TX*>(room);
+  threadgroup TD* ds = reinterpret_cast<threadgroup TD*>(xs + W * LDX);
+  threadgroup TY* ys = reinterpret_cast<threadgroup TY*>(ds + W * LDD);
+  threadgroup TZ* zs = reinterpret_cast<threadgroup TZ*>(SAME ? ys : ys + W * LDY);
+
+  const int thread_index = thread_index_in_threadgroup, threads = threads_per_threadgroup.x;
+  const int simdgroup = simdgroup_index_in_threadgroup, lane = thread_index_in_simdgroup;
+  const bool of_y = simdgroup >= NS;  // dy's columns and the transpose of G, or dz's and G
+  const int half_index = threadgroup_position_in_grid.x;
+  const int block = threadgroup_position_in_grid.y, bh = threadgroup_position_in_grid.z;
+  const int ho = d_shape[2], hs = max(int(y_shape[2]), int(z_shape[2])), total = d_shape[1];
+  const int batch = bh / ho, head = bh % ho;
+  const Spot at = lane_spot(lane);
+  const int stripe = simdgroup % NS, col0 = 8 * NC * (stripe + NS * half_index), width = of_y ? DY : DZ;
+  const float power = floats[0], scale = floats[1], own = half_index == 0 ? scale : 0.0f;
+  const Walk walk = block_walk(block, ints[0], total);
+
+  const long x_base = batch * x_strides[0] + (head * x_shape[2] / ho) * x_strides[2];
+  const long y_base = batch * y_strides[0] + (head * y_shape[2] / ho) * y_strides[2];
+  const long z_base = batch * z_strides[0] + (head * z_shape[2] / ho) * z_strides[2];
+  const long d_base = batch * d_strides[0] + head * d_strides[2];
+  const long g_base = batch * g_strides[0] + (head * g_shape[2] / ho) * g_strides[2];
+
+  Tile<K, NC> state;
+  const int down = of_y ? after_strides[4] : after_strides[3], across = of_y ? after_strides[3] : after_strides[4];
+  tile_read(state,
+            after + batch * after_strides[0] + head * after_strides[1] + block * after_strides[2] + col0 * across, down,
+            across, of_y ? DZ : DY, width - col0, at);
+  for (int u = (walk.count - 1) / W * W; u >= 0; u -= W) {
+    const int rows = min(W, walk.count - u), t = walk.first + u;
+    stage<W, 8 * K>(xs, LDX, x + x_base + t * x_strides[1], int(x_strides[1]), int(x_strides[3]), rows, DY,
+                    thread_index, threads);
+    stage<W, 8 * K>(ds, LDD, d + d_base + t * d_strides[1], int(d_strides[1]), int(d_strides[3]), rows, DZ,
+                    thread_index, threads);
+    stage<W, 8 * K>(ys, LDY, y + y_base + t * y_strides[1], int(y_strides[1]), int(y_strides[3]), rows, DY,
+                    thread_index, threads);
+    if (!SAME) {
+      stage<W, 8 * K>(zs, LDZ, z + z_base + t * z_strides[1], int(z_strides[1]), int(z_strides[3]), rows, DZ,
+                      thread_index, threads);
+    }
+    if (simdgroup == 0) {
+      both_decay_sums<W, DECAY>(cum, least, g + g_base + t * g_strides[1], g_strides[1], rows, lane);
+    }
+    sync_threadgroup();
+    // ps = scale D^p (x y^T), ms = scale D^p (d z^T), and M summed over the columns and rows of its blocks.
+    for (int n = simdgroup; n < R * (R + 1) / 2; n += threads / 32) {
+      const int2 ij = triangle_block(n);
+      Frag xy = frag_zero(), dz_ = frag_zero();
+      block_mma<K>(xy, xs + 8 * ij[0] * LDX, LDX, ys + 8 * ij[1] * LDY, LDY, at);
+      block_mma<K>(dz_, ds + 8 * ij[0] * LDD, LDD, zs + 8 * ij[1] * LDZ, LDZ, at);
+      const int row = 8 * ij[0] + at.row, col = 8 * ij[1] + at.col;
+      const float2 left = frag_get(xy), right = frag_get(dz_);
+      float2 pair;
+      for (int e = 0; e < 2; e++) {
+        const bool causal = col + e <= row, before = col + e < row;
+        const float between = causal ? scale * decay_between(cum[row], cum[col + e], power) : 0.0f;
+        ps[row * LDP + col + e] = between * left[e];
+        ms[row * LDP + col + e] = between * right[e];
+        if (DECAY) {
+          pair[e] = before ? own * left[e] * right[e] * decay_between(least[row], least[col + e], power) : 0.0f;
+        }
+      }
+      if (DECAY) {
+        if (ij[0] == ij[1]) {
+          diagonal[8 * row + at.col] = pair[0];
+          diagonal[8 * row + at.col + 1] = pair[1];
+        }
+        const float row_total = row_sum(pair[0] + pair[1]);
+        const float2 col_total = float2(col_sum(pair[0]), col_sum(pair[1]));
+        if (at.col == 0) by_row[row * R + ij[1]] = row_total;
+        if (at.row == 0) {
+          by_col[col * R + ij[0]] = col_total[0];
+          by_col[(col + 1) * R + ij[0]] = col_total[1];
+        }
+      }
+    }
+    Tile<R, NC> out;
+    tile_zero(out);
+    if (of_y) {
+      tile_mma<R, K, NC, false, false>(out, zs, LDZ, state, at);  // dY = (b_W / b) Z G^T
+      if (DECAY) {
+        const long slot = (long(batch) * hs + head * hs / ho) * ((total + W - 1) / W) + t / W;
+        const float sum = lanes_sum(tile_dot(state, borders + slot * (DY * DZ) + col0, DY, 1, DZ, DY - col0, at));
+        if (lane == 0) wholes[stripe] = sum;
+      }
+    } else {
+      tile_mma<R, K, NC, false, false>(out, ys, LDY, state, at);  // dZ = (b_W / b) Y G
+      if (DECAY) tile_dot_rows(writes + stripe * W, out, zs + col0, LDZ, 1, W, 8 * K - col0, at);
+    }
+    sync_threadgroup();
+    if (of_y) {  // dY += ms^T X;  G^T = b_W G^T + scale D^T b X
+      step_back(out, state, ms, LDP, ds, LDD, xs + col0, LDX, 8 * K - col0, cum, power, scale, at);
+    } else {  // dZ += ps^T D;  G = b_W G + scale X^T b D
+      step_back(out, state, ps, LDP, xs, LDX, ds + col0, LDD, 8 * K - col0, cum, power, scale, at);
+    }
+    const long token = (long(batch) * total + t) * ho + head;
+    if (!SAME) {
+      if (of_y) {
+        tile_write<TOY>(out, dy + token * DY + col0, ho * DY, 1, rows, DY - col0, at);
+      } else {
+        tile_write<TOZ>(out, dz + token * DZ + col0, ho * DZ, 1, rows, DZ - col0, at);
+      }
+    }
+    if (DECAY) {
+      // by_row[i][J] becomes a_i + the sum over the blocks before J; tails[j] the sum over the blocks below j's.
+      for (int i = thread_index; i < W; i += threads) {
+        float sum = i < rows && half_index == 0 ? a[token + i * ho] : 0.0f, c = 0.0f, tail = 0.0f;
+        for (int n = 0; n < NS; n++) c += writes[n * W + i];
+        for (int n = 0; n <= i / 8; n++) {
+          const float block_sum = by_row[i * R + n];
+          by_row[i * R + n] = sum;
+          sum += block_sum;
+        }
+        for (int n = i / 8 + 1; n < R; n++) tail += by_col[i * R + n];
+        tails[i] = tail;
+        writes[i] = c * decay_between(least[W - 1], least[i], power);
+        if (i == 0) {
+          float whole = 0.0f;
+          for (int n = 0; n < NS; n++) whole += wholes[n];
+          wholes[0] = whole * decay_since_start(least[W - 1], power);
+        }
+      }
+    }
+    sync_threadgroup();
+    if (SAME) {  // the tiles are done with: their room takes dz's part over to dy's simdgroups
+      threadgroup float* parts = room + col0;
+      if (!of_y) tile_write<float>(out, parts, LDS, 1, W, 8 * K - col0, at);
+      sync_threadgroup();
+      if (of_y) {
+        tile_add(out, parts, LDS, 8 * K - col0, 1.0f, at);
+        tile_write<TOY>(out, dy + token * DY + col0, ho * DY, 1, rows, DY - col0, at);
+      }
+    }
+    if (DECAY) {
+      for (int i = thread_index; i < rows; i += threads) {
+        const int n = i / 8;
+        float sum = wholes[0];
+        for (int j = 0; j < i; j++) sum += writes[j];
+        for (int j = 8 * n; j < i; j++) sum += tails[j];
+        for (int j = i; j < W; j++) sum += by_row[j * R + n];
+        for (int j = i; j < 8 * n + 8; j++) {
+          for (int c = 8 * n; c < i; c++) sum += diagonal[8 * j + c % 8];
+        }
+        r[(token + i * ho) * HALVES + half_index] = sum;
+      }
+    }
+    if (SAME) sync_threadgroup();
+  }
+  if (block == 0 && !of_y) {
+    tile_write<float>(state, first + (long(batch) * ho + head) * (DY * DZ) + col0, DZ, 1, DY, DZ - col0, at);
+  }
+  if (block == 0 && bh == 0 && half_index == 0 && thread_index == 0) {
+    if (SAME) dz[0] = static_cast<TOZ>(0.0f);
+    if (!DECAY) r[0] = 0.0f;
+  }
