@@ -1,12 +1,14 @@
 """The README keeps its word: its code runs, its commands parse, its layout and links are the tree's."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
+import mlx_hla
 from mlx_hla import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,3 +102,15 @@ def test_oldest_versions_are_those_of_the_package():
     python = re.search(r'requires-python = ">=([\d.]+)"', project).group(1)
     mlx = re.search(r'"mlx>=([\d.]+)"', project).group(1)
     assert f"Python {python} or later and MLX {mlx} or later" in TEXT
+
+
+def test_the_picture_is_drawn_from_the_operators(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "hla.png"
+    monkeypatch.setattr("sys.argv", ["picture.py", "--out", str(out)])
+    picture = runpy.run_path(str(ROOT / "examples" / "picture.py"))
+    picture["main"]()
+    assert out.read_bytes().startswith(b"\x89PNG")
+    width, tokens = picture["HEAD"], 1000
+    assert picture["kv_bytes"](tokens) == 2 * 2 * tokens * width
+    assert picture["state_bytes"](mlx_hla.hla2, tokens) == 2 * 4 * width**2
