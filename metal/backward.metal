@@ -17,13 +17,13 @@
 //     back_queries   forward in time with S: dx, and for the decay a and S before every chunk   (grid NB x B Ho)
 //     back_keys      backward in time with G: dy, dz and r                                       (grid NB x B Ho)
 //
-// Both take the blocks of L tokens and chunks of W. Before them, linear_sums and linear_scan give G at the borders
-// of the blocks as the forward has given S. Heads and threads are as in linear.metal.
+// Both take the blocks of L tokens, in chunks of W. The forward has given S at the borders of the blocks, and
+// linear_sums and linear_scan give G there. Heads and threads are as in linear.metal.
 //
-// Registers of a thread, 32-bit, by tiles: a state of K fragments by NC takes 2 K NC, a tile of the chunk
-// 2 (W / 8) NC, and two of those are alive with the state. D = 64: 32 + 16 + 16 with W = 32. D = 96: 48 + 8 + 8
-// with W = 16. D = 128: 64 + 8 + 8. A thread has 128, and 104 where a threadgroup has 512 threads: so back_keys
-// above 96 divides a head's columns between two threadgroups of 256 (plan.back_shape).
+// Registers of a thread in tiles, at NC = 2: the state 4 K, and two tiles of a chunk, W / 2 each. D = 64: 32 + 32
+// with W = 32; D = 96: 48 + 16 with W = 16; D = 128: 64 + 16. back_queries adds a third tile where PLUS. Above 96
+// columns the two states of back_keys would take 512 threads, more than their registers allow (plan.REGISTERS), so
+// two threadgroups of 256 divide a head's columns.
 // Mirrors passes.gradients.
 //# uses: linear
 
@@ -31,14 +31,15 @@ constant constexpr float LOG_TINY = -69.07755f;
 
 // The sums of a chunk's logs, with a decay of 0 as exact zero and as 1e-30. One simdgroup; W <= 32.
 template <int W, bool DECAY, typename G>
-METAL_FUNC void both_decay_sums(threadgroup float2* cum, threadgroup float2* least, G g, long step, int rows, int lane) {
+METAL_FUNC void both_decay_sums(
+    threadgroup float2* cum, threadgroup float2* least, G g, long step, int rows, int lane) {
   const float decay = lane < rows ? g[lane * step] : 1.0f;
   decay_sums(cum, W, decay, LOG_ZERO, float2(0.0f, 0.0f), lane);
   if (DECAY) decay_sums(least, W, decay, LOG_TINY, float2(0.0f, 0.0f), lane);
 }
 
-// One gradient's columns of a chunk, out = (b_end / b)^p A state (as it stands) + p^T right, in two steps: the
-// carried part, then the chunk's own, after which the state steps back: state = b_end^p state + scale U^T b^p right.
+// The rest of one gradient's columns of a chunk, out = (b_end / b)^p out + P^T right, where out holds what G at the
+// chunk's end gives; then G at its start: state = b_end^p state + scale U^T b^p right.
 template <int K, int R, int NC, typename PU, typename PR>
 METAL_FUNC void step_back(
     thread Tile<R, NC>& out, thread Tile<K, NC>& state, threadgroup const float* p, int ldp, PU u, int ldu, PR right,
@@ -182,13 +183,13 @@ METAL_FUNC void step_back(
   const int thread_index = thread_index_in_threadgroup, threads = threads_per_threadgroup.x;
   const int simdgroup = simdgroup_index_in_threadgroup, lane = thread_index_in_simdgroup;
   const bool of_y = simdgroup >= NS;  // dy's columns and the transpose of G, or dz's and G
-  const int half_index = threadgroup_position_in_grid.x;
+  const int part = threadgroup_position_in_grid.x;
   const int block = threadgroup_position_in_grid.y, bh = threadgroup_position_in_grid.z;
   const int ho = d_shape[2], hs = max(int(y_shape[2]), int(z_shape[2])), total = d_shape[1];
   const int batch = bh / ho, head = bh % ho;
   const Spot at = lane_spot(lane);
-  const int stripe = simdgroup % NS, col0 = 8 * NC * (stripe + NS * half_index), width = of_y ? DY : DZ;
-  const float power = floats[0], scale = floats[1], own = half_index == 0 ? scale : 0.0f;
+  const int stripe = simdgroup % NS, col0 = 8 * NC * (stripe + NS * part), width = of_y ? DY : DZ;
+  const float power = floats[0], scale = floats[1], own = part == 0 ? scale : 0.0f;
   const Walk walk = block_walk(block, ints[0], total);
 
   const long x_base = batch * x_strides[0] + (head * x_shape[2] / ho) * x_strides[2];
@@ -280,7 +281,7 @@ METAL_FUNC void step_back(
     if (DECAY) {
       // by_row[i][J] becomes a_i + the sum over the blocks before J; tails[j] the sum over the blocks below j's.
       for (int i = thread_index; i < W; i += threads) {
-        float sum = i < rows && half_index == 0 ? a[token + i * ho] : 0.0f, c = 0.0f, tail = 0.0f;
+        float sum = i < rows && part == 0 ? a[token + i * ho] : 0.0f, c = 0.0f, tail = 0.0f;
         for (int n = 0; n < NS; n++) c += writes[n * W + i];
         for (int n = 0; n <= i / 8; n++) {
           const float block_sum = by_row[i * R + n];
@@ -317,7 +318,7 @@ METAL_FUNC void step_back(
         for (int j = i; j < 8 * n + 8; j++) {
           for (int c = 8 * n; c < i; c++) sum += diagonal[8 * j + c % 8];
         }
-        r[(token + i * ho) * HALVES + half_index] = sum;
+        r[(token + i * ho) * HALVES + part] = sum;
       }
     }
     if (SAME) sync_threadgroup();
@@ -325,7 +326,7 @@ METAL_FUNC void step_back(
   if (block == 0 && !of_y) {
     tile_write<float>(state, first + (long(batch) * ho + head) * (DY * DZ) + col0, DZ, 1, DY, DZ - col0, at);
   }
-  if (block == 0 && bh == 0 && half_index == 0 && thread_index == 0) {
+  if (block == 0 && bh == 0 && part == 0 && thread_index == 0) {
     if (SAME) dz[0] = static_cast<TOZ>(0.0f);
     if (!DECAY) r[0] = 0.0f;
   }

@@ -15,7 +15,9 @@
 // A long sequence of few heads: linear_sums(k, k) and linear_scan give S at the blocks' borders, then
 // hla2_middle, then linear_scan gives F there and linear_out(q, K~, v) the outputs.
 //
-// Threads: 32 per stripe of 8 NC columns of k or v, whichever has more. Mirrors mlx_hla.ops.hla2.
+// Threads: 32 per stripe of 8 NC columns of k or v, whichever has more. Registers of a thread in tiles: S and F
+// 2 K NC each, two tiles of a chunk W NC / 4 each: 96 at D = 64, NC = 2, W = 32; 64 at D = 96, NC = 1 (plan.FUSED).
+// Mirrors mlx_hla.ops.hla2.
 //# uses: linear
 
 //# kernel hla2_walk

@@ -15,7 +15,8 @@
 // The gradients are in backward.metal. They are made of the adjoint of the state, which walks from the last
 // token to the first: BACK is that direction of the first two kernels.
 //
-// Threads: 32 per stripe of 8 NC columns of z, NS = ceil(DZ / (8 NC)) stripes.
+// Threads: 32 per stripe of 8 NC columns of z, NS = ceil(DZ / (8 NC)) stripes. Registers of a thread in tiles, at
+// NC = 2: the state 4 K, two tiles of a chunk W / 2 each: 96 at D = 128, W = 32 (plan.REGISTERS).
 // Mirrors mlx_hla.ops.primitive.
 
 // The tokens of one block.

@@ -122,47 +122,52 @@ def _in_segments(function, arrays, state: State, work: tuple[int, ...]) -> tuple
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1), state
 
 
-def linear(q, k, v, g=None, state: State | None = None, *, scale=1.0, power=1, dtype=None):
+def linear(
+    q, k, v, g=None, state: State | None = None, *, scale=1.0, power=1, dtype=None, decay_gradient=True
+):
     """LA_{g^power}: `o_t = scale · P_tᵀ q_t`; q, k, v may differ in dtype and head counts; o in `dtype`.
 
-    Where v is k itself it is read once.
+    Where v is k itself it is read once. decay_gradient=False: g is a constant, its gradient zero and free.
     """
     heads = max(k.shape[2], v.shape[2])
     first = state or (mx.zeros((k.shape[0], heads, k.shape[3], v.shape[3])),)
     same = v is k
-    run = _pass(float(scale), power, g is not None, dtype or q.dtype, same)
+    decay = decay_gradient and g is not None
+    run = _pass(float(scale), power, decay, dtype or q.dtype, same)
     arrays = (q, k, *(() if same else (v,)), _decay(g, k.shape[:2]))
     return _in_segments(run, arrays, first, (q.shape[0] * q.shape[2], q.shape[1], q.shape[3], v.shape[3]))
 
 
-def hla2(q, k, v, g=None, state: State | None = None, *, scale=1.0, ridge=0.0):
+def hla2(q, k, v, g=None, state: State | None = None, *, scale=1.0, ridge=0.0, decay_gradient=True):
     """Masked second order: `K̃ = LA_g(Q, K, K)`, `O = LA_{g²}(Q, K̃, V)`."""
     state = _state("hla2", q, k, v, state)
     if fused(max(q.shape[3], v.shape[3])):
-        run = _second(float(scale), float(ridge), g is not None)
+        run = _second(float(scale), float(ridge), decay_gradient and g is not None)
         work = (q.shape[0] * q.shape[2], q.shape[1], q.shape[3], v.shape[3])
         return _in_segments(run, (q, k, v, _decay(g, k.shape[:2])), state, work)
-    kt, S = linear(q, k, k, g, state[:1], scale=scale, dtype=second.between(q.dtype))
+    options = {"scale": scale, "decay_gradient": decay_gradient}
+    kt, S = linear(q, k, k, g, state[:1], dtype=second.between(q.dtype), **options)
     kt = second.add_ridge(kt, q, scale * ridge)
-    o, F = linear(q, kt, v, g, state[1:], scale=scale, power=2)
+    o, F = linear(q, kt, v, g, state[1:], power=2, **options)
     return o, (*S, *F)
 
 
-def ahla(q, k, v, g=None, state: State | None = None, *, scale=1.0):
+def ahla(q, k, v, g=None, state: State | None = None, *, scale=1.0, decay_gradient=True):
     """Asymmetric second order: `O = LA_g(Q, K, LA_g(Q, K, V))`."""
     P, E = _state("ahla", q, k, v, state)
-    r, P = linear(q, k, v, g, (P,), scale=scale, dtype=second.between(q.dtype))
-    o, E = linear(q, k, r, g, (E,), scale=scale)
+    options = {"scale": scale, "decay_gradient": decay_gradient}
+    r, P = linear(q, k, v, g, (P,), dtype=second.between(q.dtype), **options)
+    o, E = linear(q, k, r, g, (E,), **options)
     return o, (*P, *E)
 
 
-def hla3(q, k, v, g=None, state: State | None = None, *, scale=1.0):
+def hla3(q, k, v, g=None, state: State | None = None, *, scale=1.0, decay_gradient=True):
     """Masked third order: `O = LA_{g³}(Q, LA_g(Q, K, K), LA_g(Q, K, V))`."""
     S, P, F = _state("hla3", q, k, v, state)
-    middle = second.between(q.dtype)
-    kt, S = linear(q, k, k, g, (S,), scale=scale, dtype=middle)
-    r, P = linear(q, k, v, g, (P,), scale=scale, dtype=middle)
-    o, F = linear(q, kt, r, g, (F,), scale=scale, power=3)
+    middle, options = second.between(q.dtype), {"scale": scale, "decay_gradient": decay_gradient}
+    kt, S = linear(q, k, k, g, (S,), dtype=middle, **options)
+    r, P = linear(q, k, v, g, (P,), dtype=middle, **options)
+    o, F = linear(q, kt, r, g, (F,), power=3, **options)
     return o, (*S, *P, *F)
 
 

@@ -111,6 +111,34 @@ def back_shape(*staged: tuple[int, mx.Dtype]) -> Back:
     raise ValueError(f"no chunk width fits {staged}")
 
 
+MIN_CHUNK = 16  # tokens, see `worthwhile`
+
+
+def worthwhile(D: int, DV: int, dtype: mx.Dtype) -> bool:
+    """The rule by which `backend=None` takes the kernels for a sequence that they serve (a step always).
+
+    Both paths make the same products. The kernels read a tile once a pass where the ops write scores,
+    running products and chunk states to memory between their launches, so they move fewer bytes in fewer
+    launches at every length and head count. What they can lose by is a short chunk: four barriers and the
+    decay's sums for each. So: wherever a chunk of the backward, which stages the most, has `MIN_CHUNK`
+    tokens, which is everywhere but in float32 above 104 columns. Reasoned from counts, not timed: `mlx-hla
+    selftest` prints the ratio on a device, and MLX_HLA_BACKEND=mlx or backend="mlx" overrules.
+    """
+    return back_shape((D, dtype), (D, dtype), (DV, dtype), (DV, dtype)).width >= MIN_CHUNK
+
+
+# Registers. Of a thread, a tile takes 2 for every 8 x 8 fragment that its simdgroup holds. A thread has 128
+# of 32 bits, and about 104 where a threadgroup has 512 threads (208 KiB to a core); a kernel that wants
+# more spills, or its launch fails. So no sequence kernel has more than `MAX_THREADS`, and none holds more
+# than `REGISTERS` in tiles: the rest is for fragments in flight, addresses and sums.
+REGISTERS, MAX_THREADS = 96, 384
+
+
+def tile_registers(dim: int, stripe: int, states: int, width: int, tiles: int) -> int:
+    """Of a thread whose simdgroup holds `states` of dim rows and `tiles` of `width` tokens, a stripe wide."""
+    return 2 * stripe * (states * ceil_div(dim, 8) + tiles * width // 8)
+
+
 # Watchdog: macOS stops a launch that holds the GPU for seconds. One walk of a head of 64 x 64 costs about
 # 64 kflop a token, so 2^22 (token, head) pairs are 0.27 Tflop: a fifth of a second on an M1 (2.6 Tflop/s)
 # at half its peak. Longer calls are cut along T into launches of at most that much.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from .plan import MAX_DIM, MAX_GROUP
+from .plan import MAX_DIM, MAX_GROUP, worthwhile
 
 FAMILIES = ("linear", "hla2", "ahla", "hla3")
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
@@ -32,10 +32,7 @@ def why_not(family: str, q: mx.array, k: mx.array, v: mx.array, *, normalize: bo
 
 
 def prefers(family: str, q: mx.array, k: mx.array, v: mx.array, *, normalize: bool = False) -> bool:
-    """The rule for `backend=None`: the kernels wherever they run and serve the call.
-
-    They read each tile once where the MLX ops path writes scores, running products and states to memory
-    between its launches, so they move fewer bytes in fewer launches at every length; a step is one launch
-    where the ops path needs about ten.
-    """
-    return why_not(family, q, k, v, normalize=normalize) is None
+    """The rule for `backend=None`: the kernels where they serve the call and `plan.worthwhile` says so."""
+    if why_not(family, q, k, v, normalize=normalize) is not None:
+        return False
+    return q.ndim == 3 or worthwhile(q.shape[-1], v.shape[-1] + normalize, q.dtype)

@@ -1,0 +1,171 @@
+"""The fused backward: what it costs, the shapes it runs in, and how MLX's transformations meet it."""
+
+import mlx.core as mx
+import pytest
+from conftest import assert_close
+from kernel_problems import FAMILIES, Case, KernelProblem, each_family, needs_standin, use_schedule
+from standin import metal
+
+from mlx_hla import kernels
+from mlx_hla.kernels import plan
+from mlx_hla.kernels.second_order import between
+
+pytestmark = needs_standin
+
+
+def moved(counters):
+    """Bytes of tensors and states, without shapes, strides and scalar arguments."""
+    tables = (counters.read, counters.written)
+    aside = ("_shape", "_strides", "ints", "floats")
+    return sum(n for table in tables for name, n in table.items() if not name.endswith(aside))
+
+
+# Forward and backward may move so many times the bytes of q, k, v, do and three gradients, in so many
+# launches: without and with a decay, whose gradient takes S at the start of every chunk, 4 tensors' worth.
+COSTS = {"first": ((3.1, 7), (4.7, 7)), "hla2": ((5.6, 13), (8.6, 13))}
+
+
+@pytest.mark.parametrize("decay", [False, True], ids=["none", "gates"])
+@pytest.mark.parametrize("op", COSTS)
+def test_traffic_and_launches(monkeypatch, op, decay):
+    metal.install(monkeypatch)
+    monkeypatch.setattr(plan, "FILL", 2)  # two blocks of 512 tokens
+    q, k, v, do = (mx.random.normal((1, 1024, 1, 64)).astype(mx.bfloat16) for _ in range(4))
+    arrays = [q, k, v] + [mx.random.uniform(0.9, 1, (1, 1024, 1))] * decay
+
+    def run(*arrays):
+        return [getattr(kernels, FAMILIES[op])(*arrays, scale=0.1)[0]]
+
+    with metal.counters() as c:
+        mx.eval(mx.vjp(run, arrays, [do]))
+    traffic, launches = COSTS[op][decay]
+    assert c.launches <= launches
+    assert moved(c) <= traffic * 7 * q.nbytes
+    assert c.threadgroup_bytes <= plan.THREADGROUP_BYTES
+
+
+@each_family
+def test_a_constant_decay_costs_no_gradient(monkeypatch, op):
+    metal.install(monkeypatch)
+    use_schedule(monkeypatch, "blocks")
+    case = Case(T=70, D=16, V=16, decay="gates", carried=True)
+    problem = KernelProblem(op, case)
+    q, k, v, g = (problem.arrays[name] for name in ("q", "k", "v", "decay"))
+    written, grads = [], []
+    for wanted in (True, False):
+
+        def loss(q, k, v, g, wanted=wanted):
+            f = getattr(kernels, FAMILIES[op])
+            return f(q, k, v, g, scale=0.3, decay_gradient=wanted)[0].square().sum()
+
+        with metal.counters() as c:
+            grads.append(mx.grad(loss, (0, 1, 2, 3))(q, k, v, g))
+            mx.eval(grads[-1])
+        written.append(c.written["borders"] + c.written["r"] + c.written["a"])
+    assert written[1] <= 3 * 3 * 4 < written[0]  # a placeholder each in each of up to three passes
+    for name, got, want in zip("qkv", grads[1], grads[0], strict=False):
+        assert mx.array_equal(got, want), name
+    assert not grads[1][3].any()
+
+
+def traced(monkeypatch):
+    """The stand-in, and where MLX traces, which the stand-in cannot, zeros of the same shapes."""
+    metal.install(monkeypatch)
+
+    def make(**definition):
+        run = metal.metal_kernel(**definition)
+
+        def call(**arguments):
+            try:
+                return run(**arguments)
+            except metal.MetalError as e:
+                if "trace" not in str(e):
+                    raise
+                outputs = zip(arguments["output_shapes"], arguments["output_dtypes"], strict=True)
+                return [mx.zeros(shape, dtype) for shape, dtype in outputs]
+
+        return call
+
+    monkeypatch.setattr(mx.fast, "metal_kernel", make)
+
+
+@each_family
+def test_vmap_joins_the_batch(monkeypatch, op):
+    """vmap, the gradient of it and it of the gradient are the calls one by one."""
+    traced(monkeypatch)
+    mx.random.seed(0)
+    q, k, v = (mx.random.normal((3, 2, 9, H, 16)) for H in (4, 2, 2))
+    arrays = (q, k, v, mx.random.uniform(0.5, 1, (3, 2, 9, 2)))
+
+    def loss(*arrays):
+        return getattr(kernels, FAMILIES[op])(*arrays, scale=0.3)[0].square().sum()
+
+    every = (0, 1, 2, 3)
+    alone = [[x[i] for x in arrays] for i in range(3)]
+    values = mx.stack([loss(*a) for a in alone])
+    grads = [mx.stack(x) for x in zip(*(mx.grad(loss, every)(*a) for a in alone), strict=True)]
+    assert_close("values", mx.vmap(loss)(*arrays), values, 1e-6)
+    for got in (
+        mx.grad(lambda *a: mx.vmap(loss)(*a).sum(), every)(*arrays),
+        mx.vmap(mx.grad(loss, every))(*arrays),
+    ):
+        for name, x, want in zip("qkvg", got, grads, strict=True):
+            assert_close(name, x, want, 1e-6)
+    shared_q = mx.vmap(loss, in_axes=(None, 0, 0, 0))(arrays[0][0], *arrays[1:])
+    assert_close("shared q", shared_q, mx.stack([loss(q[0], *a[1:]) for a in alone]), 1e-6)
+
+
+@each_family
+def test_a_second_reverse_is_refused(monkeypatch, op):
+    metal.install(monkeypatch)
+    q = mx.ones((1, 3, 1, 8))
+
+    def loss(q):
+        return getattr(kernels, FAMILIES[op])(q, q, q)[0].square().sum()
+
+    with pytest.raises(NotImplementedError, match="cannot be differentiated in reverse again"):
+        mx.grad(lambda q: mx.grad(loss)(q).sum())(q)
+
+
+def every_pass(D, DV, dtype):
+    """Operands (x, y, do, z unless it is y) of every pass that a family runs at these widths."""
+    middle = between(dtype)
+    x, v, k, r = (D, dtype), (DV, dtype), (D, middle), (DV, middle)
+    return (x, x, v, v), (x, k, v, v), (x, x, k), (x, x, r, v), (x, x, v, r), (x, k, v, r)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=["f16", "bf16", "f32"])
+def test_every_shape_fits(dtype):
+    """Registers, threads and threadgroup bytes of every sequence kernel, normalised values included."""
+    for D in range(8, plan.MAX_DIM + 1, 8):
+        for DV in (8, 9, 16, 64, 65, 96, 97, 104, 128, 129):
+            for x, y, d, *z in every_pass(D, DV, dtype):
+                (z,) = z or [y]
+                width = plan.chunk_width([x, y])
+                held = [plan.tile_registers(y[0], plan.STRIPE, 1, width, 2)]
+                threads = [32 * plan.ceil_div(z[0], 8 * plan.STRIPE)]
+                back = plan.back_shape(x, y, d, *([z] if z is not y else []))
+                widest = max(D, d[0])
+                held += [
+                    plan.tile_registers(d[0], plan.STRIPE, 1, back.width, 2 + (z is y)),
+                    plan.tile_registers(widest, back.stripe, 1, back.width, 2),
+                ]
+                threads += [
+                    32 * plan.ceil_div(y[0], 8 * plan.STRIPE),
+                    64 * plan.ceil_div(plan.ceil_div(widest, 8), back.stripe * back.halves),
+                ]
+                assert max(held) <= plan.REGISTERS, (D, DV, back)
+                assert max(threads) <= plan.MAX_THREADS, (D, DV, back)
+            if stripe := plan.fused(max(D, DV)):
+                width = plan.wide_chunk(D, dtype)
+                assert plan.tile_registers(D, stripe, 2, width, 2) <= plan.REGISTERS
+                assert 32 * plan.ceil_div(max(D, DV), 8 * stripe) <= plan.MAX_THREADS
+
+
+def test_the_rule_for_no_backend():
+    """A sequence with chunks of at least 16 tokens, and every step."""
+    for D, dtype, taken in ((64, mx.float32, True), (128, mx.bfloat16, True), (128, mx.float32, False)):
+        q = mx.zeros((1, 4, 2, D), dtype)
+        assert kernels.why_not("hla2", q, q, q) is None
+        assert kernels.prefers("hla2", q, q, q) is taken
+        assert kernels.prefers("hla2", q[:, 0], q[:, 0], q[:, 0])
