@@ -11,12 +11,16 @@
 //
 // q [B, Hq, D], k [B, Hkv, D], v [B, Hkv, DV], g [B, Hkv] float32, states float32 [B, heads, D, D or DV]
 // (S and P per key-value head, F and E per query head), any strides; o [B, Hq, DV] in T, states out
-// contiguous. A threadgroup owns one key-value head and its G = Hq / Hkv query heads (grid B Hkv): lanes
-// go along a state's columns, simdgroups take its rows in turn. floats: scale (and ridge in hla2_step).
+// contiguous. floats: scale, ridge, eps. A threadgroup owns one key-value head and its G = Hq / Hkv query heads
+// (grid B Hkv): lanes go along a state's columns, simdgroups take its rows in turn.
+//
+// With HLA_NORMALISING every state of values has its normaliser beside it, the state of the value 1: a vector
+// [B, heads, D] float32, and o = num / (den + eps).
 //
 // T dtype, D, DV widths, G query heads per key-value head, NS simdgroups. PACKED (hla2_step, hla3_step): S is
 // symmetric and s, s_new hold its upper triangle row by row, [B, Hkv, 1, D (D + 1) / 2].
-// Threadgroup bytes: at most 4 (2 G D + D + 2 DV + NS M + G DV + 1), M = max(D, DV). Mirrors mlx_hla.ops.passes.Token.
+// Threadgroup bytes: at most 4 (2 G D + D + 2 DV + NS M + G DV + 1 + 2 G), M = max(D, DV).
+// Mirrors mlx_hla.ops.passes.Token.
 
 // Where a state lies: its element (row, col) at p[base + row * row_step + col * col_step].
 struct Place {
@@ -156,6 +160,39 @@ METAL_FUNC void step_read(
   }
 }
 
+// The step of a normaliser, the state of the value z = 1 (or of the denominator that stands in its place):
+//
+//     n' = decay n + z y          den_h = scale n'^T x_h
+//
+// By one simdgroup; den is to be read after the next barrier.
+template <int D, int G, typename P, typename Q>
+METAL_FUNC void step_normaliser(
+    P old_state, long from, int step, Q new_state, long to, float decay, threadgroup const float* y, float z,
+    threadgroup const float* x, float scale, threadgroup float* den, int lane) {
+  float sum[G];
+  HLA_UNROLL
+  for (int h = 0; h < G; h++) sum[h] = 0.0f;
+  for (int row = lane; row < D; row += 32) {
+    float n = decay * old_state[from + row * step] + z * y[row];
+    new_state[to + row] = n;
+    HLA_UNROLL
+    for (int h = 0; h < G; h++) sum[h] += n * x[h * D + row];
+  }
+  HLA_UNROLL
+  for (int h = 0; h < G; h++) {
+    float total = lanes_sum(sum[h]);
+    if (lane == 0) den[h] = scale * total;
+  }
+}
+
+// dst = src over the denominators, one for each `width` elements.
+template <typename T, typename P>
+METAL_FUNC void step_write(
+    P dst, threadgroup const float* src, threadgroup const float* den, float eps, int width, int count,
+    int thread_index, int threads) {
+  for (int i = thread_index; i < count; i += threads) dst[i] = static_cast<T>(src[i] / (den[i / width] + eps));
+}
+
 template <typename T, typename P>
 METAL_FUNC void step_write(P dst, threadgroup const float* src, int count, int thread_index, int threads) {
   for (int i = thread_index; i < count; i += threads) dst[i] = static_cast<T>(src[i]);
@@ -164,8 +201,9 @@ METAL_FUNC void step_write(P dst, threadgroup const float* src, int count, int t
 //# kernel linear_step
 //# inputs: q k v g p floats
 //# outputs: o p_new
+//# normalising: m
 //# body
-  threadgroup float qs[G * D], ks[D], vs[DV], gs[1], part[NS * DV], out[G * DV];
+  threadgroup float qs[G * D], ks[D], vs[DV], gs[1], part[NS * DV], out[G * DV], den[G];
   const int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
   const int thread_index = thread_index_in_threadgroup, hkv = k_shape[1];
   const int bh = threadgroup_position_in_grid.x, batch = bh / hkv, kv = bh % hkv;
@@ -177,16 +215,27 @@ METAL_FUNC void step_write(P dst, threadgroup const float* src, int count, int t
   step_read(gs, g + batch * g_strides[0] + kv * g_strides[1], 0, 0, 1, 1, thread_index, 32 * NS);
   sync_threadgroup();
   const float decay = gs[0];
+#ifdef HLA_NORMALISING
+  if (simdgroup == 0) {
+    step_normaliser<D, G>(m, batch * m_strides[0] + kv * m_strides[1], int(m_strides[2]), m_new, long(bh) * D,
+                          decay, ks, 1.0f, qs, scale, den, lane);
+  }
+#endif
   step_la<D, DV, G, NS>(p, place_of(p_strides, batch, kv), p_new, long(bh) * D * DV, decay, ks, vs, qs, scale, part,
                         out, simdgroup, lane);
+#ifdef HLA_NORMALISING
+  step_write<T>(o + long(bh) * G * DV, out, den, floats[2], DV, G * DV, thread_index, 32 * NS);
+#else
   step_write<T>(o + long(bh) * G * DV, out, G * DV, thread_index, 32 * NS);
+#endif
 
 //# kernel hla2_step
 //# inputs: q k v g s f floats
 //# outputs: o s_new f_new
+//# normalising: eta
 //# body
   constexpr int M = D > DV ? D : DV;
-  threadgroup float qs[G * D], ks[D], vs[DV], gs[1], part[NS * M], kts[G * D], out[DV];
+  threadgroup float qs[G * D], ks[D], vs[DV], gs[1], part[NS * M], kts[G * D], out[DV], den[G];
   const int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
   const int thread_index = thread_index_in_threadgroup, hkv = k_shape[1];
   const int bh = threadgroup_position_in_grid.x, batch = bh / hkv, kv = bh % hkv;
@@ -205,16 +254,27 @@ METAL_FUNC void step_write(P dst, threadgroup const float* src, int count, int t
   for (int h = 0; h < G; h++) {
     const int head = kv * G + h;
     const long slot = long(bh) * G + h;
+#ifdef HLA_NORMALISING
+    if (simdgroup == 0) {
+      step_normaliser<D, 1>(eta, batch * eta_strides[0] + head * eta_strides[1], int(eta_strides[2]), eta_new,
+                            slot * D, decay * decay, kts + h * D, 1.0f, qs + h * D, scale, den + h, lane);
+    }
+#endif
     step_la<D, DV, 1, NS>(f, place_of(f_strides, batch, head), f_new, slot * D * DV, decay * decay, kts + h * D, vs,
                           qs + h * D, scale, part, out, simdgroup, lane);
+#ifdef HLA_NORMALISING
+    step_write<T>(o + slot * DV, out, den + h, floats[2], DV, DV, thread_index, 32 * NS);
+#else
     step_write<T>(o + slot * DV, out, DV, thread_index, 32 * NS);
+#endif
   }
 
 //# kernel ahla_step
 //# inputs: q k v g p e floats
 //# outputs: o p_new e_new
+//# normalising: m n
 //# body
-  threadgroup float qs[G * D], ks[D], vs[DV], gs[1], part[NS * DV], rs[G * DV], out[DV];
+  threadgroup float qs[G * D], ks[D], vs[DV], gs[1], part[NS * DV], rs[G * DV], out[DV], rdens[G], den[G];
   const int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
   const int thread_index = thread_index_in_threadgroup, hkv = k_shape[1];
   const int bh = threadgroup_position_in_grid.x, batch = bh / hkv, kv = bh % hkv;
@@ -226,22 +286,39 @@ METAL_FUNC void step_write(P dst, threadgroup const float* src, int count, int t
   step_read(gs, g + batch * g_strides[0] + kv * g_strides[1], 0, 0, 1, 1, thread_index, 32 * NS);
   sync_threadgroup();
   const float decay = gs[0];
+#ifdef HLA_NORMALISING
+  if (simdgroup == 0) {
+    step_normaliser<D, G>(m, batch * m_strides[0] + kv * m_strides[1], int(m_strides[2]), m_new, long(bh) * D,
+                          decay, ks, 1.0f, qs, scale, rdens, lane);
+  }
+#endif
   step_la<D, DV, G, NS>(p, place_of(p_strides, batch, kv), p_new, long(bh) * D * DV, decay, ks, vs, qs, scale, part,
                         rs, simdgroup, lane);
   for (int h = 0; h < G; h++) {
     const int head = kv * G + h;
     const long slot = long(bh) * G + h;
+#ifdef HLA_NORMALISING
+    if (simdgroup == 0) {
+      step_normaliser<D, 1>(n, batch * n_strides[0] + head * n_strides[1], int(n_strides[2]), n_new,
+                            slot * D, decay, ks, rdens[h], qs + h * D, scale, den + h, lane);
+    }
+#endif
     step_la<D, DV, 1, NS>(e, place_of(e_strides, batch, head), e_new, slot * D * DV, decay, ks, rs + h * DV,
                           qs + h * D, scale, part, out, simdgroup, lane);
+#ifdef HLA_NORMALISING
+    step_write<T>(o + slot * DV, out, den + h, floats[2], DV, DV, thread_index, 32 * NS);
+#else
     step_write<T>(o + slot * DV, out, DV, thread_index, 32 * NS);
+#endif
   }
 
 //# kernel hla3_step
 //# inputs: q k v g s p f floats
 //# outputs: o s_new p_new f_new
+//# normalising: m eta
 //# body
   constexpr int M = D > DV ? D : DV;
-  threadgroup float qs[G * D], ks[D], vs[DV], gs[1], part[NS * M], kts[G * D], rs[G * DV], out[DV];
+  threadgroup float qs[G * D], ks[D], vs[DV], gs[1], part[NS * M], kts[G * D], rs[G * DV], out[DV], rdens[G], den[G];
   const int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
   const int thread_index = thread_index_in_threadgroup, hkv = k_shape[1];
   const int bh = threadgroup_position_in_grid.x, batch = bh / hkv, kv = bh % hkv;
@@ -253,6 +330,12 @@ METAL_FUNC void step_write(P dst, threadgroup const float* src, int count, int t
   step_read(gs, g + batch * g_strides[0] + kv * g_strides[1], 0, 0, 1, 1, thread_index, 32 * NS);
   sync_threadgroup();
   const float decay = gs[0];
+#ifdef HLA_NORMALISING
+  if (simdgroup == 0) {
+    step_normaliser<D, G>(m, batch * m_strides[0] + kv * m_strides[1], int(m_strides[2]), m_new, long(bh) * D,
+                          decay, ks, 1.0f, qs, scale, rdens, lane);
+  }
+#endif
   step_symmetric<PACKED, D, G, NS>(s, place_of(s_strides, batch, kv), s_new, bh, decay, ks, qs, scale, part, kts,
                                    simdgroup, lane);
   step_la<D, DV, G, NS>(p, place_of(p_strides, batch, kv), p_new, long(bh) * D * DV, decay, ks, vs, qs, scale, part,
@@ -260,7 +343,17 @@ METAL_FUNC void step_write(P dst, threadgroup const float* src, int count, int t
   for (int h = 0; h < G; h++) {
     const int head = kv * G + h;
     const long slot = long(bh) * G + h;
+#ifdef HLA_NORMALISING
+    if (simdgroup == 0) {
+      step_normaliser<D, 1>(eta, batch * eta_strides[0] + head * eta_strides[1], int(eta_strides[2]), eta_new,
+                            slot * D, decay * decay * decay, kts + h * D, rdens[h], qs + h * D, scale, den + h, lane);
+    }
+#endif
     step_la<D, DV, 1, NS>(f, place_of(f_strides, batch, head), f_new, slot * D * DV, decay * decay * decay,
                           kts + h * D, rs + h * DV, qs + h * D, scale, part, out, simdgroup, lane);
+#ifdef HLA_NORMALISING
+    step_write<T>(o + slot * DV, out, den + h, floats[2], DV, DV, thread_index, 32 * NS);
+#else
     step_write<T>(o + slot * DV, out, DV, thread_index, 32 * NS);
+#endif
   }

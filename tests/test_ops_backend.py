@@ -29,11 +29,13 @@ def calls(monkeypatch):
     def stand_in(family, step):
         operator, kind = FAMILIES[family][step], FAMILIES[family][2]
 
-        def run(q, k, v, g=None, state=None, *, scale=1.0, **options):
+        def run(q, k, v, g=None, state=None, *, scale=1.0, eps=None, **options):
             seen.append(family + ("-step" if step else ""))
             assert q.dtype == k.dtype == v.dtype
             assert g is None or g.dtype == mx.float32
             options |= {"scale": scale, "decay": g, "backend": "mlx"}
+            if eps is not None:  # a step normalises by itself
+                options |= {"normalize": True, "eps": eps}
             state = None if state is None else kind(*state)
             if step:
                 o, state = operator(q, k, v, state, **options)

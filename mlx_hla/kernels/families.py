@@ -1,4 +1,4 @@
-"""The operators, differentiable, from the launches of `passes`, `second_order` and `one_token`."""
+"""The operators over sequences, differentiable, from the launches of `passes` and `second_order`."""
 
 # B batch, T time, Hq query heads, Hkv key-value heads, D key dim, DV value dim
 
@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-from . import one_token, passes
+from . import passes
 from . import second_order as second
 from .plan import fused, segments
 
@@ -169,52 +169,3 @@ def hla3(q, k, v, g=None, state: State | None = None, *, scale=1.0, decay_gradie
     r, P = linear(q, k, v, g, (P,), dtype=middle, **options)
     o, F = linear(q, kt, r, g, (F,), power=3, **options)
     return o, (*S, *P, *F)
-
-
-@lru_cache(maxsize=256)
-def _step(family: str, scale: float, ridge: float, decay: bool, packed: bool):
-    """One token; its gradient is the sequence's at T = 1."""
-
-    def run(q, k, v, g, *state):
-        o, state = one_token.step(family, q, k, v, g, state, passes.floats(scale, ridge), packed)
-        return o, *state
-
-    def run_vjp(primals, cotangents, outputs):
-        options = {"scale": scale} | ({"ridge": ridge} if family == "hla2" else {})
-        sequence = {"linear": linear, "hla2": hla2, "ahla": ahla, "hla3": hla3}[family]
-
-        def whole(q, k, v, g, *state):
-            if packed:
-                state = (one_token.unpack(state[0]), *state[1:])
-            o, state = sequence(
-                q[:, None], k[:, None], v[:, None], g[:, None] if decay else None, state, **options
-            )
-            return o[:, 0], *((one_token.pack(state[0]), *state[1:]) if packed else state)
-
-        return mx.vjp(whole, list(primals), list(cotangents))[1]
-
-    return mapped(run, run_vjp)
-
-
-def step(
-    family: str, q, k, v, g=None, state: State | None = None, *, scale=1.0, ridge=0.0, packed: bool = False
-):
-    """One token of `family` in one launch: q `[B, Hq, D]`, k and v `[B, Hkv, ..]`, g None or `[B, Hkv]`.
-
-    packed (hla2 and hla3): the state holds `pack(S)`, the upper triangle of S, in and out.
-    """
-    if packed and family not in one_token.SYMMETRIC:
-        raise ValueError(
-            f"[{family}] packed is for {' and '.join(one_token.SYMMETRIC)}: their S is symmetric"
-        )
-    given = state is not None
-    state = _state(family, q, k, v, state)
-    if packed:
-        B, Hkv, D = *k.shape[:2], q.shape[2]
-        shape = (B, Hkv, D * (D + 1) // 2)
-        state = (state[0] if given else mx.zeros(shape), *state[1:])
-        if state[0].shape != shape:
-            raise ValueError(f"[{family}] a packed S must be {list(shape)}, got {state[0].shape}")
-    run = _step(family, float(scale), float(ridge), g is not None, packed)
-    o, *state = run(q, k, v, _decay(g, k.shape[:1]), *state)
-    return o, tuple(state)

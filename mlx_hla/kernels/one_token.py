@@ -14,11 +14,20 @@ SYMMETRIC = ("hla2", "hla3")  # families whose state begins with the symmetric S
 
 
 def step(
-    family: str, q, k, v, g, state: tuple[mx.array, ...], factors: mx.array, packed: bool = False
+    family: str,
+    q,
+    k,
+    v,
+    g,
+    state: tuple[mx.array, ...],
+    factors: mx.array,
+    packed: bool = False,
+    normalising: bool = False,
 ) -> tuple[mx.array, tuple[mx.array, ...]]:
     """(o `[B, Hq, DV]`, new state) of `family` from q `[B, Hq, D]`, k and v `[B, Hkv, ..]`, g `[B, Hkv]`.
 
-    packed: S comes and goes as `pack(S)`.
+    packed: S comes and goes as `pack(S)`. normalising: the state goes on with its normalisers.
+    factors: scale, ridge, eps.
     """
     (B, Hq, D), Hkv, DV = q.shape, k.shape[1], v.shape[2]
     groups = Hq // Hkv
@@ -28,8 +37,9 @@ def step(
         template.append(("PACKED", packed))
     if packed:
         state = (state[0][:, :, None], *state[1:])  # the kernel takes four axes of every state
-    o, *new = kernel("step", f"{family}_step")(
-        inputs=[q, k, v, g, *state, factors],
+    matrices = {"linear": 1, "hla2": 2, "ahla": 2, "hla3": 3}[family]
+    o, *new = kernel("step", f"{family}_step", normalising)(
+        inputs=[q, k, v, g, *state[:matrices], factors, *state[matrices:]],
         template=template,
         output_shapes=[(B, Hq, DV), *(x.shape for x in state)],
         output_dtypes=[q.dtype, *(mx.float32 for _ in state)],

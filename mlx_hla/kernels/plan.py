@@ -68,7 +68,7 @@ MAX_GROUP = 16  # query heads per key-value head that one step keeps sums for in
 def step_bytes(D: int, DV: int, groups: int, simdgroups: int) -> int:
     """Threadgroup bytes of the largest step kernel."""
     M = max(D, DV)
-    return 4 * (2 * groups * D + D + 2 * DV + simdgroups * M + groups * DV) + 64
+    return 4 * (2 * groups * (D + 1) + D + 2 * DV + simdgroups * M + groups * DV) + 64
 
 
 def step_simdgroups(D: int, DV: int, groups: int) -> int:

@@ -5,9 +5,13 @@ A file of `metal/` is a header (helpers, contracts) and kernels, each of them
     //# kernel NAME
     //# inputs: a b c
     //# outputs: d e
+    //# normalising: m
     // its contract
     //# body
     the statements that `mx.fast.metal_kernel` puts into the function it writes
+
+A kernel that has a `normalising` line comes in a second variant, compiled with HLA_NORMALISING: its inputs
+end in those of that line, and its outputs in the same names with `_new`.
 
 The contract stays out of the body: MLX looks for attribute names and `<input>_shape` in a body's text.
 """
@@ -42,11 +46,22 @@ class Source:
     outputs: tuple[str, ...]
     header: str
     body: str
+    normalising: tuple[str, ...] = ()
+
+    def normalised(self) -> Source:
+        """The variant that normalises."""
+        return Source(
+            f"{self.name}_normalised",
+            (*self.inputs, *self.normalising),
+            (*self.outputs, *(f"{n}_new" for n in self.normalising)),
+            f"#define HLA_NORMALISING\n{self.header}",
+            self.body,
+        )
 
 
 _KERNEL = re.compile(
     r"^//# kernel (?P<name>\w+)\n//# inputs: (?P<inputs>[\w ]+)\n//# outputs: (?P<outputs>[\w ]+)\n"
-    r"(?P<contract>(?://.*\n)*?)//# body\n",
+    r"(?://# normalising: (?P<normalising>[\w ]+)\n)?(?P<contract>(?://.*\n)*?)//# body\n",
     re.M,
 )
 _USES = re.compile(r"^//# uses: ([\w ]+)\n", re.M)
@@ -78,31 +93,34 @@ def sources(file: str) -> dict[str, Source]:
             tuple(m["outputs"].split()),
             _header(file),
             text[m.end() : end],
+            tuple((m["normalising"] or "").split()),
         )
         for m, end in zip(found, ends, strict=True)
     }
 
 
-_built: dict[tuple[str, str], tuple[object, object]] = {}
+_built: dict[tuple[str, str, bool], tuple[object, object]] = {}
 
 
-def kernel(file: str, name: str):
+def kernel(file: str, name: str, normalising: bool = False):
     """The kernel `name` of metal/<file>.metal, built by `mx.fast.metal_kernel` at its first use.
 
     The function is looked up at every call, and what another one built is not used: replacing
     `mx.fast.metal_kernel` replaces the machine that all kernels run on.
     """
     make = mx.fast.metal_kernel
-    entry = _built.get((file, name))
+    entry = _built.get((file, name, normalising))
     if entry is None or entry[0] is not make:
         source = sources(file)[name]
+        if normalising:
+            source = source.normalised()
         built = make(
-            name=f"hla_{name}",
+            name=f"hla_{source.name}",
             input_names=list(source.inputs),
             output_names=list(source.outputs),
             source=source.body,
             header=source.header,
             ensure_row_contiguous=False,
         )
-        entry = _built[file, name] = (make, built)
+        entry = _built[file, name, normalising] = (make, built)
     return entry[1]

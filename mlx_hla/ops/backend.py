@@ -12,6 +12,7 @@ import os
 import mlx.core as mx
 
 from .. import kernels
+from ..kernels.steps import MATRICES, NORMALISERS
 from .checks import Call, fail
 
 Pair = tuple[mx.array, "mx.array | None"]
@@ -60,6 +61,8 @@ def on_metal(
     """
     if not _chosen(call, family, backend):
         return None
+    if call.q.ndim == 3:
+        return _step(call, family, state, options)
     q, k, v = call.q, call.k, call.v
     if call.ones is not None:  # the operator on [v, 1]; a quotient of float16 sums would overflow first
         v = mx.concatenate([v, call.ones], axis=-1)
@@ -68,10 +71,7 @@ def on_metal(
     arrays = None
     if state is not None:
         arrays = tuple(x if n is None else mx.concatenate([x, n[..., None]], axis=-1) for x, n in state)
-    if q.ndim == 3:
-        o, arrays = kernels.step(family, q, k, v, call.g, arrays, scale=call.scale, **options)
-    else:
-        o, arrays = getattr(kernels, family)(q, k, v, call.g, arrays, scale=call.scale, **options)
+    o, arrays = getattr(kernels, family)(q, k, v, call.g, arrays, scale=call.scale, **options)
     pairs = [(x, None) for x in arrays]
     if call.ones is not None:  # every state but S holds values
         keys_only = {"hla2", "hla3"}
@@ -80,3 +80,17 @@ def on_metal(
             for i, x in enumerate(arrays)
         ]
     return divide(call, o), pairs
+
+
+def _step(call: Call, family: str, state: list[Pair] | None, options: dict) -> tuple[mx.array, list[Pair]]:
+    """One token. The kernel takes the normalisers as they are and divides, so nothing is joined or copied."""
+    arrays = None
+    if state is not None:
+        arrays = (*(x for x, _ in state), *(n for _, n in state if n is not None))
+    eps = None if call.ones is None else call.eps
+    o, arrays = kernels.step(
+        family, call.q, call.k, call.v, call.g, arrays, scale=call.scale, eps=eps, **options
+    )
+    names = MATRICES[family]
+    vectors = dict(zip(NORMALISERS[family], arrays[len(names) :], strict=False))  # none without eps
+    return o, [(x, vectors.get(name)) for name, x in zip(names, arrays, strict=False)]
