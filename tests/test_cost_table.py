@@ -41,19 +41,22 @@ def test_rows_and_report(monkeypatch, tmp_path):
     rows = [
         *cost_table.sequence_rows(metal, "hla2", 64, 16, 64),
         cost_table.step_row(metal, "hla2", 64),
-        cost_table.step_row(metal, "hla2", 64, packed=True),
+        cost_table.step_row(metal, "hla2", 64, "packed step"),
+        cost_table.step_row(metal, "hla2", 64, "normalised step"),
     ]
-    forward, _, step, packed = rows
+    forward, _, step, packed, normalised = rows
     # One walk reads and writes all once; with whole blocks on the diagonal a token has 20 pairs, not 16.5.
     assert forward.launches == 1
     assert forward.traffic == pytest.approx(1, abs=0.01)
     assert forward.arithmetic == pytest.approx((20 * 4 * 16 + 4 * 256) / (16.5 * 4 * 16 + 4 * 256))
     assert step.traffic <= 1.05
     assert packed.traffic <= 1.05
+    assert normalised.traffic <= 1.05
+    assert normalised.launches == 1
     assert packed.bytes / step.bytes == pytest.approx(0.75, abs=0.01)
 
     text = cost_table.report(rows, 64)
-    assert text.count("| hla2 ") == 4
+    assert text.count("| hla2 ") == 5
     assert "A packed S saves 24.4% of the hla2 step's bytes at D = 64" in text
     assert "reached" not in text  # the targets are for 4,096 tokens
     lines = list(cost_table.targets([step, forward._replace(D=64, arithmetic=1.4)], 4096))
