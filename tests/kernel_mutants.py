@@ -86,7 +86,10 @@ EQUIVALENT = []
 
 # The tests of a file's mutants, the quickest to notice first; the widest heads and the longest runs left out.
 SELECTIONS = {
-    "step": [["test_kernels_step.py", "test_kernels_packed.py"], "not D128 and not H16"],
+    "step": [
+        ["test_kernels_step.py", "test_kernels_packed.py", "test_kernels_normalised_step.py"],
+        "not D128 and not H16",
+    ],
     None: [
         ["test_kernels_values.py", "test_kernels_edges.py", "test_kernels_cost.py"],
         "not half_precision and not D64 and not D128 and not D96 and not V128 and not agree_to_the_bit",
