@@ -228,6 +228,7 @@ METAL_FUNC void step_back(
       const int row = 8 * ij[0] + at.row, col = 8 * ij[1] + at.col;
       const float2 left = frag_get(xy), right = frag_get(dz_);
       float2 pair;
+      HLA_UNROLL
       for (int e = 0; e < 2; e++) {
         const bool causal = col + e <= row, before = col + e < row;
         const float between = causal ? scale * decay_between(cum[row], cum[col + e], power) : 0.0f;

@@ -4,7 +4,7 @@
 //
 // x queries [B, T, Hx, DY], y keys [B, T, Hy, DY], z values [B, T, Hz, DZ], g decay [B, T, Hg] float32,
 // any strides. A state belongs to each of the Hs = max(Hy, Hz) heads, an output to each of the
-// Ho = max(Hx, Hs) heads; every head count divides Ho, and neighbours share what there is less of. The
+// Ho = max(Hx, Hs) heads; every head count divides Ho, Hg divides Hs, and neighbours share what there is less of. The
 // sequence is cut into NB blocks of L tokens (L a multiple of W); a block is walked in chunks of W tokens by
 // one threadgroup that keeps the state in registers. Three kernels:
 //

@@ -162,6 +162,14 @@ def test_every_shape_fits(dtype):
                 assert 32 * plan.ceil_div(max(D, DV), 8 * stripe) <= plan.MAX_THREADS
 
 
+def test_what_a_decay_keeps_is_bounded():
+    for heads, D, DV in ((1, 64, 64), (16, 128, 128), (4096, 16, 64)):
+        for cut in plan.segments(heads, 2**20, D, DV, decay=True):
+            start, stop, _ = cut.indices(2**20)
+            kept = 4 * heads * D * DV * (stop - start) / plan.MIN_CHUNK
+            assert kept <= plan.KEPT_BYTES or stop - start <= plan.MIN_BLOCK
+
+
 def test_the_rule_for_no_backend():
     """A sequence with chunks of at least 16 tokens, and every step."""
     for D, dtype, taken in ((64, mx.float32, True), (128, mx.bfloat16, True), (128, mx.float32, False)):

@@ -112,7 +112,7 @@ def _second(scale: float, ridge: float, decay: bool):
 def _in_segments(function, arrays, state: State, work: tuple[int, ...]) -> tuple[mx.array, State]:
     """`function` over stretches of T that one launch may take, the state carried from one to the next.
 
-    work: heads (times B), T, D and DV, as `plan.segments` takes them.
+    work: heads (times B), T, D, DV and whether the decay has a gradient, as `plan.segments` takes them.
     """
     parts = []
     for cut in segments(*work):
@@ -135,15 +135,17 @@ def linear(
     decay = decay_gradient and g is not None
     run = _pass(float(scale), power, decay, dtype or q.dtype, same)
     arrays = (q, k, *(() if same else (v,)), _decay(g, k.shape[:2]))
-    return _in_segments(run, arrays, first, (q.shape[0] * q.shape[2], q.shape[1], q.shape[3], v.shape[3]))
+    work = (q.shape[0] * max(q.shape[2], heads), q.shape[1], q.shape[3], v.shape[3], decay)
+    return _in_segments(run, arrays, first, work)
 
 
 def hla2(q, k, v, g=None, state: State | None = None, *, scale=1.0, ridge=0.0, decay_gradient=True):
     """Masked second order: `K̃ = LA_g(Q, K, K)`, `O = LA_{g²}(Q, K̃, V)`."""
     state = _state("hla2", q, k, v, state)
     if fused(max(q.shape[3], v.shape[3])):
-        run = _second(float(scale), float(ridge), decay_gradient and g is not None)
-        work = (q.shape[0] * q.shape[2], q.shape[1], q.shape[3], v.shape[3])
+        decay = decay_gradient and g is not None
+        run = _second(float(scale), float(ridge), decay)
+        work = (q.shape[0] * q.shape[2], q.shape[1], q.shape[3], v.shape[3], decay)
         return _in_segments(run, (q, k, v, _decay(g, k.shape[:2])), state, work)
     options = {"scale": scale, "decay_gradient": decay_gradient}
     kt, S = linear(q, k, k, g, state[:1], dtype=second.between(q.dtype), **options)

@@ -127,6 +127,11 @@ def spread(state: mx.array, heads: int) -> mx.array:
     return parts.reshape(B, heads, *shape)
 
 
+def _part_dtype(x: mx.array, heads: int) -> mx.Dtype:
+    """dtype of x's gradient as the kernels write it: float32 where it is still to be summed over heads."""
+    return x.dtype if x.shape[2] == heads else mx.float32
+
+
 def back_queries(x, y, z, g, do, entry, plus, cut: Blocks, width: int, factors, decay: bool):
     """(dx + plus `[B, T, O, DY]`, a and S before every chunk of `width` tokens for `back_keys`)."""
     (B, T, heads, DZ), DY, S = do.shape, y.shape[3], entry.shape[1]
@@ -136,7 +141,7 @@ def back_queries(x, y, z, g, do, entry, plus, cut: Blocks, width: int, factors, 
         template=[
             ("TZ", z.dtype),
             ("TD", do.dtype),
-            ("TO", x.dtype),
+            ("TO", _part_dtype(x, heads)),
             ("DY", DY),
             ("DZ", DZ),
             ("W", width),
@@ -150,7 +155,7 @@ def back_queries(x, y, z, g, do, entry, plus, cut: Blocks, width: int, factors, 
             (B, T, heads) if decay else (1,),
             (B, S, ceil_div(T, width), DZ, DY) if decay else (1,),
         ],
-        output_dtypes=[x.dtype, mx.float32, mx.float32],
+        output_dtypes=[_part_dtype(x, heads), mx.float32, mx.float32],
         grid=(threads, cut.count, B * heads),
         threadgroup=(threads, 1, 1),
     )
@@ -160,7 +165,7 @@ def back_keys(x, y, z, g, do, after, a, borders, cut: Blocks, shape, factors, de
     """(dy, dz or None where y is z, r in parts, gradient of the first state), per head of do."""
     (B, T, heads, DZ), DY, same = do.shape, y.shape[3], y is z
     simdgroups = 2 * ceil_div(ceil_div(max(DY, DZ), 8), shape.stripe * shape.halves)
-    dtypes = [k.dtype if k.shape[2] == heads else mx.float32 for k in (y, z)]
+    dtypes = [_part_dtype(y, heads), _part_dtype(z, heads)]
     threads = 32 * simdgroups
     dy, dz, r, first = kernel("backward", "back_keys")(
         inputs=[
@@ -214,7 +219,8 @@ def gradients(x, y, z, g, entry, do, d_last, *, power=1, scale=1.0, decay=True, 
     dx, a, borders = back_queries(x, y, z, g, do, entry, plus, cut, shape.width, factors, decay)
     after = entries(x, do, g, spread(d_last, heads), cut, factors, back=True)
     dy, dz, r, first = back_keys(x, y, z, g, do, after, a, borders, cut, shape, factors, decay)
-    dy = shared(dy, y.shape[2]).astype(y.dtype)
-    dz = None if dz is None else shared(dz, z.shape[2]).astype(z.dtype)
+    dx, dy, dz = (
+        None if d is None else shared(d, a.shape[2]).astype(a.dtype) for d, a in ((dx, x), (dy, y), (dz, z))
+    )
     dg = power * shared(r.flatten(2), g.shape[2]) / mx.maximum(g, TINY) if decay else None
     return dx, dy, dz, dg, shared(first, entry.shape[1], 1)

@@ -144,8 +144,18 @@ def tile_registers(dim: int, stripe: int, states: int, width: int, tiles: int) -
 # at half its peak. Longer calls are cut along T into launches of at most that much.
 LAUNCH_WORK = 2**22 * 64 * 64
 
+# Memory: a decay's gradient keeps a float32 state for every chunk of the pass that is gone through. So many
+# bytes at most, for chunks of `MIN_CHUNK` tokens: 131,072 tokens of 16 heads of 64.
+KEPT_BYTES = 2**31
 
-def segments(heads: int, T: int, D: int, DV: int) -> list[slice]:
-    """Stretches of T, each of at most `LAUNCH_WORK` token-heads times D times the larger width."""
-    most = max(MIN_BLOCK, LAUNCH_WORK // (heads * D * max(D, DV)) // MIN_BLOCK * MIN_BLOCK)
+
+def segments(heads: int, T: int, D: int, DV: int, decay: bool = False) -> list[slice]:
+    """Stretches of T, each of at most `LAUNCH_WORK` token-heads times D times the larger width.
+
+    decay: its gradient may be wanted, so no stretch may keep more than `KEPT_BYTES`.
+    """
+    most = LAUNCH_WORK // (heads * D * max(D, DV))
+    if decay:
+        most = min(most, MIN_CHUNK * KEPT_BYTES // (4 * heads * D * max(D, DV)))
+    most = max(MIN_BLOCK, most // MIN_BLOCK * MIN_BLOCK)
     return [slice(t, min(T, t + most)) for t in range(0, T, most)] if most < T else [slice(None)]
