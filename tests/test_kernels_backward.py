@@ -6,6 +6,7 @@ from conftest import assert_close
 from kernel_problems import FAMILIES, Case, KernelProblem, each_family, needs_standin, use_schedule
 from standin import metal
 
+import mlx_hla
 from mlx_hla import kernels
 from mlx_hla.kernels import plan
 from mlx_hla.kernels.second_order import between
@@ -66,6 +67,25 @@ def test_a_constant_decay_costs_no_gradient(monkeypatch, op):
     for name, got, want in zip("qkv", grads[1], grads[0], strict=False):
         assert mx.array_equal(got, want), name
     assert not grads[1][3].any()
+
+
+def test_segments_and_a_number_are_constant_decays(monkeypatch):
+    """Only an array for the decay has a gradient; cutting documents apart makes none."""
+    metal.install(monkeypatch)
+    monkeypatch.setattr(kernels, "metal_available", lambda: True)
+    q = mx.random.normal((1, 70, 1, 16))
+    ids = mx.arange(70)[None] // 30
+
+    def written(**options):
+        def loss(q):
+            return mlx_hla.hla2(q, q, q, backend="metal", **options)[0].sum()
+
+        with metal.counters() as c:
+            mx.eval(mx.grad(loss)(q))
+        return c.written["borders"]
+
+    assert written(segment_ids=ids) == written(decay=0.9, segment_ids=ids) == written() == 2 * 4
+    assert written(decay=mx.array([0.9])) > 1000
 
 
 def traced(monkeypatch):

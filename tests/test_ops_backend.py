@@ -29,7 +29,7 @@ def calls(monkeypatch):
     def stand_in(family, step):
         operator, kind = FAMILIES[family][step], FAMILIES[family][2]
 
-        def run(q, k, v, g=None, state=None, *, scale=1.0, eps=None, **options):
+        def run(q, k, v, g=None, state=None, *, scale=1.0, eps=None, decay_gradient=True, **options):
             seen.append(family + ("-step" if step else ""))
             assert q.dtype == k.dtype == v.dtype
             assert g is None or g.dtype == mx.float32

@@ -71,6 +71,7 @@ def on_metal(
     arrays = None
     if state is not None:
         arrays = tuple(x if n is None else mx.concatenate([x, n[..., None]], axis=-1) for x, n in state)
+    options["decay_gradient"] = call.decay_gradient
     o, arrays = getattr(kernels, family)(q, k, v, call.g, arrays, scale=call.scale, **options)
     pairs = [(x, None) for x in arrays]
     if call.ones is not None:  # every state but S holds values

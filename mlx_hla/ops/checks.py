@@ -20,7 +20,7 @@ class Call:
 
     g is None (no decay) or float32 `[B, T, Hkv]`; a masked token has q = k = v = 0 and g = 1, the first
     token of a segment has g = 0 and is True in starts `[B, T]`. `ones` (`[B, T, Hkv, 1]`, None unless
-    normalising) is v's extra column.
+    normalising) is v's extra column. decay_gradient: the decay came as an array, so it may have a gradient.
     """
 
     op: str
@@ -33,6 +33,7 @@ class Call:
     eps: float
     mask: mx.array | None = None
     starts: mx.array | None = None
+    decay_gradient: bool = True
 
     @property
     def dims(self) -> tuple[int, int, int, int, int]:
@@ -134,7 +135,8 @@ def canonical(op, q, k, v, scale, decay, normalize, eps, mask, segment_ids) -> C
         g = mx.ones((B, T, Hkv), dtype=mx.float32) if g is None else g
         starts = _segment_starts(segment_ids, mask)
         g = mx.where(starts[..., None], 0.0, g)
-    return Call(op, q, k, v, g, ones, _scale(op, scale), number(op, "eps", eps, 0.0), mask, starts)
+    given = isinstance(decay, mx.array)
+    return Call(op, q, k, v, g, ones, _scale(op, scale), number(op, "eps", eps, 0.0), mask, starts, given)
 
 
 def canonical_step(op, q, k, v, scale, decay, normalize, eps) -> Call:
