@@ -44,7 +44,7 @@ template <int K, int R, int NC, typename PU, typename PR>
 METAL_FUNC void step_back(
     thread Tile<R, NC>& out, thread Tile<K, NC>& state, threadgroup const float* p, int ldp, PU u, int ldu, PR right,
     int ldr, int cols, threadgroup const float2* cum, float power, float scale, Spot at) {
-  tile_decay_to_end(out, cum, power, 1.0f, at);
+  tile_decay_to_end(out, cum, power, at);
   Tile<R, NC> r;
   tile_read(r, right, ldr, 1, 8 * R, cols, at);
   tile_mma<R, R, NC, true, true>(out, p, ldp, r, at);  // out += P^T right
@@ -133,7 +133,7 @@ METAL_FUNC void step_back(
       tile_sum(out, more);
     }
     tile_write<TO>(out, dx + ((long(batch) * total + t) * ho + head) * DY + col0, ho * DY, 1, rows, DY - col0, at);
-    tile_decay_to_end(ys, cum, power, 1.0f, at);
+    tile_decay_to_end(ys, cum, power, at);
     tile_scale(state, decay_since_start(cum[W - 1], power));
     tile_mma<K, R, NC, true, false>(state, zs, LDZ, ys, at);  // S^T = b_W S^T + Z^T (b_W / b) Y
     if (DECAY && thread_index < rows) {

@@ -78,7 +78,7 @@
     sync_threadgroup();
     tile_mma<R, R, NC, false, true>(out, ps, LDP, right, at);  // K~ += P K
     tile_write<float>(out, kts + col0, LDK, 1, W, 8 * K - col0, at);
-    tile_decay_to_end(right, cum, 1.0f, 1.0f, at);
+    tile_decay_to_end(right, cum, 1.0f, at);
     tile_scale(s, decay_since_start(cum[W - 1], 1.0f));
     tile_mma<K, R, NC, true, false>(s, ks, LD, right, at);  // S = b_W S + K^T (b_W / b) K
     sync_threadgroup();
@@ -90,7 +90,7 @@
     sync_threadgroup();
     tile_mma<R, R, NC, false, true>(out, ps, LDP, right, at);  // O += P' V
     tile_write<T>(out, o + ((long(batch) * total + u) * hq + head) * DV + col0, hq * DV, 1, rows, DV - col0, at);
-    tile_decay_to_end(right, cum, 2.0f, 1.0f, at);
+    tile_decay_to_end(right, cum, 2.0f, at);
     tile_scale(f, decay_since_start(cum[W - 1], 2.0f));
     tile_mma<K, R, NC, true, false>(f, kts, LDK, right, at);  // F = b_W^2 F + K~^T (b_W / b)^2 V
   }
@@ -163,12 +163,12 @@
     tile_mma<R, R, NC, false, true>(out, ps, LDP, right, at);  // K~ += P K
     tile_write<float>(out, kts + col0, LDK, 1, W, 8 * K - col0, at);
     tile_write<TK>(out, kt + ((long(batch) * total + t) * hq + head) * D + col0, hq * D, 1, rows, D - col0, at);
-    tile_decay_to_end(right, cum, 1.0f, 1.0f, at);
+    tile_decay_to_end(right, cum, 1.0f, at);
     tile_scale(s, decay_since_start(cum[W - 1], 1.0f));
     tile_mma<K, R, NC, true, false>(s, ks, LD, right, at);  // S = b_W S + K^T (b_W / b) K
     if (summed) {
       tile_read(right, v + v_base + t * v_strides[1], int(v_strides[1]), int(v_strides[3]), rows, DV - col0, at);
-      tile_decay_to_end(right, cum, 2.0f, 1.0f, at);
+      tile_decay_to_end(right, cum, 2.0f, at);
       tile_scale(f, decay_since_start(cum[W - 1], 2.0f));
       whole += cum[W - 1];
     }

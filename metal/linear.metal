@@ -85,7 +85,7 @@ METAL_FUNC Walk block_walk(int block, int length, int total) {
     if (BACK) {
       tile_decay_from_start(zs, cum, power, floats[1], at);
     } else {
-      tile_decay_to_end(zs, cum, power, 1.0f, at);
+      tile_decay_to_end(zs, cum, power, at);
     }
     tile_scale(state, decay_since_start(cum[W - 1], power));
     if (SAME) {
@@ -190,7 +190,7 @@ METAL_FUNC Walk block_walk(int block, int length, int total) {
     tile_mma<R, R, NC, false, true>(os, ps, LDP, zs, at);  // O += P Z
     tile_write<TO>(os, o + ((long(batch) * total + t) * ho + head) * DZ + col0, ho * DZ, 1, rows,
                    DZ - col0, at);
-    tile_decay_to_end(zs, cum, power, 1.0f, at);
+    tile_decay_to_end(zs, cum, power, at);
     tile_scale(state, decay_since_start(cum[W - 1], power));
     tile_mma<K, R, NC, true, false>(state, ys, LDY, zs, at);  // S = b_W S + Y^T (b_W / b) Z
     sync_threadgroup();

@@ -291,13 +291,12 @@ METAL_FUNC float decay_between(float2 to, float2 from, float power) {
 
 METAL_FUNC float decay_since_start(float2 to, float power) { return exp(power * (to[0] + to[1])); }
 
-// Row r of t times scale (decay from token r to the chunk's end)^power.
+// Row r of t times (decay from token r to the chunk's end)^power.
 template <int R, int C>
-METAL_FUNC void tile_decay_to_end(
-    thread Tile<R, C>& t, threadgroup const float2* cum, float power, float scale, Spot at) {
+METAL_FUNC void tile_decay_to_end(thread Tile<R, C>& t, threadgroup const float2* cum, float power, Spot at) {
   HLA_UNROLL
   for (int r = 0; r < R; r++) {
-    float by = scale * decay_between(cum[8 * R - 1], cum[8 * r + at.row], power);
+    float by = decay_between(cum[8 * R - 1], cum[8 * r + at.row], power);
     HLA_UNROLL
     for (int c = 0; c < C; c++) frag_scale(t.f[r][c], by);
   }
