@@ -25,8 +25,13 @@ NORMALISERS = {
 }
 STATES = {"linear": "LinearState", "hla2": "HLA2State", "ahla": "AHLAState", "hla3": "HLA3State"}
 
-# Orders in which the stand-in runs simdgroups and lanes; every one must give the same bits.
-THREADS = ({"schedule": "reverse"}, {"schedule": "interleave"}, {"schedule": "random", "seed": 7})
+# Orders in which the stand-in runs simdgroups and lanes; every one must give the same bits. Two threads that
+# write the same value to one place are refused in the first.
+THREADS = (
+    {"schedule": "reverse", "strict_writes": True},
+    {"schedule": "interleave"},
+    {"schedule": "random", "seed": 7},
+)
 
 # How a sequence is scheduled, by what `plan` reads: one walk over all of it, or blocks of one chunk.
 SCHEDULES = {"walk": {"FILL": 1}, "blocks": {"MIN_BLOCK": 32, "FILL": 64}}

@@ -18,6 +18,7 @@ SHAPES = [
     Case(T=2, B=1, Hq=2, Hkv=1, D=24, V=40, decay="heads", carried=True),
     Case(T=2, B=1, Hq=2, Hkv=2, D=40, V=24, decay="float", carried=True),
     Case(T=2, B=1, Hq=2, Hkv=1, D=128, V=96, decay="gates", carried=True),
+    Case(T=2, B=1, Hq=16, Hkv=1, D=8, V=16, decay="gates", carried=True),
     Case(T=2, B=1, Hq=16, Hkv=1, D=64, V=64, decay="gates", carried=True),
     Case(T=3, D=16, V=16, normalize=True, decay="gates", carried=True),
     Case(T=2, D=16, V=32, dtype="f16", decay="gates", carried=True),
@@ -32,7 +33,7 @@ def test_steps(monkeypatch, op, case):
     KernelProblem(op, case, make=through_steps).check()
 
 
-@each_case(SHAPES[0], SHAPES[6], *(Case(T=3, B=1, Hq=4, D=d, V=24, decay="gates") for d in (8, 40, 96)))
+@each_case(SHAPES[0], SHAPES[7], *(Case(T=3, B=1, Hq=4, D=d, V=24, decay="gates") for d in (8, 40, 96)))
 @pytest.mark.parametrize("op", ["hla2", "hla2-ridge", "hla3"])
 def test_packed_steps(monkeypatch, op, case):
     """From zeros: a packed state is a symmetric one."""

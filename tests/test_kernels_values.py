@@ -89,3 +89,14 @@ def test_blocks_as_they_are(monkeypatch, op):
     """257 tokens: one block of 256 and one of a single token, by the plan's own constants."""
     metal.install(monkeypatch)
     KernelProblem(op, Case(T=257, B=1, Hq=2, Hkv=1, D=8, V=16, decay="gates", carried=True)).check()
+
+
+@plain_families
+def test_blocks_of_several_chunks(monkeypatch, op):
+    """Blocks of two chunks, and decays slow enough that the first token reaches the last block."""
+    metal.install(monkeypatch)
+    monkeypatch.setattr("mlx_hla.kernels.plan.MIN_BLOCK", 64)
+    case = Case(T=150, B=1, Hq=2, Hkv=2, D=16, V=8, decay="heads", carried=True)
+    with metal.counters() as c:
+        KernelProblem(op, case).check()
+    assert "hla_linear_scan" in c.kernels
