@@ -306,7 +306,9 @@ COMMANDS = {
     "train": Command("train a model, on the Python standard library or your text", _train_arguments, _train),
     "eval": Command("nats per byte of held-out text; share of samples that parse", _eval_arguments, _eval),
     "info": Command("what a model is made of", _info_arguments, _info),
-    "selftest": Command("run every Metal kernel on this machine and check it", _selftest_arguments, _selftest),
+    "selftest": Command(
+        "run every Metal kernel on this machine and check it", _selftest_arguments, _selftest
+    ),
 }
 
 
