@@ -81,11 +81,14 @@ RULES = {
     "write a state to the wrong place": (r"\bslot \* ", "(slot ^ 1) * "),
 }  # fmt: skip
 
-# Edits that change nothing: (rule, a piece of the line, why).
+# Edits that change nothing: (rule, a piece of the line and the next, why).
 EQUIVALENT = [
     ("flip a strict comparison", "DY > DZ ? DY : DZ", "the larger of two equals is either"),
     ("flip a strict comparison", "D > DV ? D : DV", "the larger of two equals is either"),
     ("flip a strict comparison", "? y_shape[2] : z_shape[2]", "the larger of two equals is either"),
+    ("another simdgroup", "g_strides[1], rows, lane)", "back_keys has two simdgroups or more; any may do it"),
+    ("one thread too few", "i < W; i += threads", "back_keys has 64 threads or more and W is at most 32"),
+    ("take the last stride for 1", "plus_strides[3]", "plus is what back_queries wrote: contiguous"),
 ]
 
 # The tests of a file's mutants, the quickest to notice first; the widest heads and the longest runs left out.
@@ -110,11 +113,13 @@ class Mutant:
     end: int
     old: str
     new: str
-    context: str  # the line that it starts in
+    context: str  # the line that it starts in, and the next
 
     def __str__(self):
         edit = f"`{_short(self.old)}` -> `{_short(self.new)}`"
-        return f"{self.file}.metal:{self.line}: {self.rule}: {edit} in `{_short(self.context)}`"
+        return (
+            f"{self.file}.metal:{self.line}: {self.rule}: {edit} in `{_short(self.context.splitlines()[0])}`"
+        )
 
     def apply(self, text):
         return text[: self.start] + self.new + text[self.end :]
@@ -139,7 +144,9 @@ def places(text, file):
             edited = m.expand(new) if isinstance(new, str) else new(m)
             if edited != m[0]:
                 line = code.count("\n", 0, m.start())
-                yield Mutant(rule, file, line + 1, m.start(), m.end(), m[0], edited, lines[line])
+                yield Mutant(
+                    rule, file, line + 1, m.start(), m.end(), m[0], edited, "\n".join(lines[line : line + 2])
+                )
 
 
 def mutants(per_rule=1, seed=0):
@@ -203,7 +210,7 @@ def main(arguments=None):
         return 0
     with tempfile.TemporaryDirectory() as cache:
         for file in {str(tests_of(m.file)): m.file for m in chosen}.values():
-            sound = Mutant("none", file, 0, 0, 0, "", "", "")
+            sound = Mutant("none", file, 0, 0, 0, "", "", "\n")
             _, seconds, words = run(sound, cache)
             if not words.startswith("exit 0"):
                 print(f"{file}.metal as it is does not pass: {words}")
