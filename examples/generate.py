@@ -1,17 +1,14 @@
-"""Stream a continuation of a prompt from the model that ships with the package.
+"""Stream a continuation of a prompt; takes every option of `mlx-hla generate`.
 
-python examples/generate.py "def fibonacci(n):"
+    python examples/generate.py --prompt "def fibonacci(n):" --temperature 0.6 --max-tokens 150
+    echo "class Stack:" | python examples/generate.py --json
+
+From Python: `mlx_hla.models.load` and `mlx_hla.generate.stream_generate`, as the README shows.
 """
 
 import sys
 
-from mlx_hla.generate import stream_generate
-from mlx_hla.models import load
-from mlx_hla.sampling import Sampling
+from mlx_hla.cli import main
 
-prompt = sys.argv[1] if len(sys.argv) > 1 else "def fibonacci(n):"
-model, tokenizer = load()
-print(prompt, end="")
-for chunk in stream_generate(model, tokenizer, prompt, max_tokens=150, sampling=Sampling(seed=0)):
-    print(chunk.text, end="", flush=True)
-print(f"\n{chunk.generation_tps:.1f} tokens/s, {chunk.peak_memory:.2f} GB")
+if __name__ == "__main__":
+    sys.exit(main(["generate", *sys.argv[1:]]))

@@ -1,15 +1,15 @@
-"""Train a small model on the Python standard library, on a CPU in under a minute, and let it write.
+"""Train a small model on the Python standard library, on a CPU in under a minute; then let it write.
 
-python examples/train.py runs/mine          the same as  mlx-hla train --preset tiny --out runs/mine
+    python examples/train.py                        the tiny preset, into runs/example
+    python examples/train.py --preset small --out runs/mine --operator ahla
+
+Takes every option of `mlx-hla train`; from Python the same is `mlx_hla.train.train(*preset("tiny", {}, {}))`.
 """
 
 import sys
 
-from mlx_hla.generate import generate
-from mlx_hla.models import load
-from mlx_hla.train import preset, train
+from mlx_hla.cli import main
 
-out = sys.argv[1] if len(sys.argv) > 1 else "runs/example"
-result = train(*preset("tiny", {"operator": "hla2"}, {"out": out}))
-if result.finished:
-    print(repr(generate(*load(out), "def ", max_tokens=60)))
+if __name__ == "__main__":
+    # Options given on the command line come later and win.
+    sys.exit(main(["train", "--preset", "tiny", "--out", "runs/example", *sys.argv[1:]]))

@@ -1,0 +1,42 @@
+"""The examples that take the command line's options."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def run(name, *args, **options):
+    command = [sys.executable, EXAMPLES / name, *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def test_generate_ends_with_its_speed():
+    result = run("generate.py", "--prompt", "def f(x):", "--max-tokens", "5", "--seed", "0")
+    assert result.returncode == 0, result.stderr
+    said = result.stdout + result.stderr
+    assert said.startswith("def f(x):") or "def f(x):" in said
+    for word in ("Prompt:", "Generation: 5 tokens", "tokens-per-sec", "Peak memory"):
+        assert word in said
+
+
+def test_generate_reads_its_prompt_from_stdin():
+    result = run("generate.py", "--max-tokens", "3", "--json", input="import os\n")
+    assert result.returncode == 0, result.stderr
+    assert '"prompt": "import os' in result.stdout
+
+
+@pytest.mark.parametrize("name", ["generate.py", "train.py"])
+def test_help_shows_defaults(name):
+    result = run(name, "--help")
+    assert result.returncode == 0
+    assert "default:" in result.stdout
+
+
+def test_train_says_what_is_wrong():
+    result = run("train.py", "--data", "no-such-folder")
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("mlx-hla: error:")
