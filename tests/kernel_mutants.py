@@ -184,12 +184,15 @@ def run(mutant, cache, edit=None):
         }
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider"]
         command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), *tests_of(mutant.file)]
-        try:
-            done = subprocess.run(
-                command, cwd=work, env=env, capture_output=True, text=True, timeout=TIME_LIMIT
-            )
-        except subprocess.TimeoutExpired:
-            return False, time.monotonic() - started, "the tests did not end"
+        for _ in range(3):  # again where something else ended the tests
+            try:
+                done = subprocess.run(
+                    command, cwd=work, env=env, capture_output=True, text=True, timeout=TIME_LIMIT
+                )
+            except subprocess.TimeoutExpired:
+                return False, time.monotonic() - started, "the tests did not end"
+            if done.returncode >= 0:
+                break
     failures = re.findall(r"^FAILED \S+?::(.*)$", done.stdout, re.M)
     words = failures[0] if failures else f"exit {done.returncode}: {done.stdout.strip()[-300:]}"
     return done.returncode == 1 and bool(failures), time.monotonic() - started, words

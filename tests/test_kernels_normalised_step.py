@@ -14,6 +14,7 @@ FAMILIES = ("linear", "hla2", "ahla", "hla3")
 SHAPES = {
     "B2-H6x2-D16x24": (2, 6, 2, 16, 24),
     "B1-H2-D40x8": (1, 2, 2, 40, 8),
+    "B1-H16x1-D8x16": (1, 16, 1, 8, 16),
     "B1-H16x1-D64": (1, 16, 1, 64, 64),
 }
 STATES = {"linear": "LinearState", "hla2": "HLA2State", "ahla": "AHLAState", "hla3": "HLA3State"}
