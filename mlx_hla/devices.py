@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 
 import mlx.core as mx
 
 
-def on_cpu() -> bool:
-    return mx.default_device() == mx.cpu
+def on_gpu() -> bool:
+    return mx.default_device() == mx.gpu
 
 
 def compute_dtype(name: str = "auto") -> mx.Dtype:
     """The dtype named, or what is fast here: bfloat16 on a GPU, float32 on a CPU."""
     if name == "auto":
-        name = "float32" if on_cpu() else "bfloat16"
+        name = "bfloat16" if on_gpu() else "float32"
     return getattr(mx, name)
 
 
-def compiled(function: Callable) -> Callable:
-    """`mx.compile` on a GPU. On a CPU it would run the system's C++ compiler for seconds, for little."""
-    return function if on_cpu() else mx.compile(function)
+def compiled(function: Callable, *, shapeless: bool = False) -> Callable:
+    """`mx.compile` wherever a call runs on a GPU. A CPU's would run the system's C++ compiler, for little."""
+    on_a_gpu = mx.compile(function, shapeless=shapeless)
+
+    @wraps(function)
+    def call(*args):
+        return (on_a_gpu if on_gpu() else function)(*args)
+
+    return call

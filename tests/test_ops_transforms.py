@@ -169,8 +169,9 @@ def counting(f, **options):
     return compiled(traced, **options)
 mx.compile = counting
 import mlx_hla
+from mlx_hla import devices
 from mlx_hla.ops import passes, primitive, scan
-for module in (passes, primitive, scan):
+for module in (devices, passes, primitive, scan):
     module.on_gpu = lambda: True
 def trace(T):  # builds the graph, computes nothing
     q, k, v, g = (mx.zeros(s, t) for s, t in [((1, T, 2, 8), mx.bfloat16)] * 3 + [((1, T, 2), mx.float32)])

@@ -16,7 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_hla.devices import on_cpu
+from mlx_hla.devices import on_gpu
 from mlx_hla.errors import InputError
 from mlx_hla.models.config import ModelConfig, parse_json
 from mlx_hla.models.lm import LanguageModel
@@ -62,7 +62,7 @@ def load(folder: str | Path | None = None, dtype: mx.Dtype | None = None) -> tup
     model = LanguageModel(config)  # lazy: no weight of it is ever computed
     expected = {name: a.shape for name, a in tree_flatten(model.parameters())}
     weights = load_tensors(folder / WEIGHTS, expected)
-    if dtype is None and on_cpu():
+    if dtype is None and not on_gpu():
         dtype = mx.float32
     if dtype is not None:
         weights = {name: a.astype(dtype) for name, a in weights.items()}

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from ..devices import on_gpu
 from .backend import divide
 from .checks import Call
 from .primitive import chunked_la
-from .scan import make_decay, on_gpu
+from .scan import make_decay
 
 # Chunk width. Narrow chunks do less work inside the triangle, wide ones keep fewer states: at W = D
 # both cost the same arithmetic; a GPU runs short of bandwidth first and prefers fewer states.

@@ -22,7 +22,8 @@ from functools import cache, lru_cache
 
 import mlx.core as mx
 
-from .scan import TINY, ChunkScan, Decay, fuse, make_decay, on_gpu, triangle
+from ..devices import on_gpu
+from .scan import TINY, ChunkScan, Decay, fuse, make_decay, triangle
 
 # ---- products over chunks, with the query heads that share a key-value head as extra rows
 

@@ -10,24 +10,20 @@ a multiple of a grid on which float32 adds up exactly, and a rest `lo`; the sums
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from ..devices import compiled, on_gpu
+
 LOG_ZERO = -128.0  # exp(-128) underflows to 0 in float32
 TINY = 1e-30  # stands for g = 0 where dg = (g dg) / g is formed
 
 
-def on_gpu() -> bool:
-    return mx.default_device() == mx.gpu
-
-
-def fuse(f):
-    """Compile an element-wise function on a GPU; a CPU may have no C++ compiler at run time."""
-    compiled = mx.compile(f, shapeless=True)
-    return lambda *args: (compiled if on_gpu() else f)(*args)
+# An element-wise function becomes one kernel on a GPU.
+fuse = partial(compiled, shapeless=True)
 
 
 @cache
