@@ -1,7 +1,7 @@
 """What the Metal kernels move and compute, counted on a CPU, and the time that no GPU can beat.
 
-    python examples/cost_table.py                       # about a minute; prints Markdown
-    python examples/cost_table.py --readme README.md    # and puts it between that file's cost markers
+    python examples/cost_table.py                             # about a minute; prints Markdown
+    python examples/cost_table.py --readme metal/README.md    # and puts it between that file's cost markers
 
 Needs the development extra, `pip install -e ".[dev]"`: the kernels run on the tests' stand-in for Metal,
 which counts. bfloat16, B = 1, one query head per key-value head, a decay per token, first states,

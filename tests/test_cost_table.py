@@ -73,3 +73,9 @@ def test_rows_and_report(monkeypatch, tmp_path):
     readme.write_text("none")
     with pytest.raises(SystemExit, match="once each"):
         cost_table.into_readme(readme, text)
+
+
+def test_the_page_has_a_place_for_it():
+    text = (Path(__file__).parent.parent / "metal" / "README.md").read_text(encoding="utf-8")
+    assert text.count(cost_table.BEGIN) == text.count(cost_table.END) == 1
+    assert text.index(cost_table.BEGIN) < text.index(cost_table.END)

@@ -95,6 +95,19 @@ def test_mixtures_contain_first_and_second_order():
     assert_close("mixed F", same.F, state.F)
 
 
+def test_without_decay_mixtures_are_products_of_the_affinity():
+    q, k, v = inputs(Hq=2)
+    q1, k1, v1 = (x.swapaxes(1, 2) for x in (q, k, v))
+    weights = coefficients("tokens", shape=(2, 19, 2))
+    alpha, beta = (weights[name].swapaxes(1, 2) for name in ("alpha", "beta"))
+    A = 0.7 * np.tril(q1 @ k1.swapaxes(-1, -2))
+    n = np.arange(1, 20)
+    mixed = A * alpha[:, :, None] + np.tril(A @ A.swapaxes(-1, -2)) * beta[:, :, None]
+    readout = alpha[..., None] * A + (beta / n)[..., None] * np.tril(A @ k1 @ k1.swapaxes(-1, -2))
+    for op, matrix in (("mixed", mixed), ("readout", readout)):
+        assert_close(op, dense(op, q, k, v, scale=0.7, **weights), (matrix @ v1).swapaxes(1, 2))
+
+
 def test_readout_counts_the_real_tokens_of_the_segment():
     q, k, v = inputs(B=1, T=7)
     real = np.array([[0, 1, 1, 0, 1, 1, 0]]) > 0
