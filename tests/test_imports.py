@@ -13,7 +13,7 @@ ROOT = Path(mlx_hla.__file__).parent
 
 # A part imports from lower ranks only. The first rank imports nothing of the package.
 RANKS = [
-    {"errors", "devices", "monoid"},
+    {"errors", "devices", "monoid", "transforms"},
     {"kernels", "tokenizer", "reference"},
     {"ops"},
     {"nn"},

@@ -10,8 +10,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from nn_reference import assert_close
 
 from mlx_hla.nn import HLACache, HLAttention, ShortConv
+from mlx_hla.ops.operator import choices
 
-OPERATORS = ["first", "hla2", "ahla", "hla3", 5]
+OPERATORS = [*choices(), 5]
 OPTIONS = {
     "default": {},
     "gqa-rope": {"num_kv_heads": 2, "rope": True, "output_gate": True, "bias": True},
@@ -153,6 +154,8 @@ def test_masked_tokens_do_not_exist(operator, options, mask):
     assert np.all(np.asarray(z)[~later_mask] == 0)
     assert np.all(np.asarray(w)[1] == 0)
     tol = 1e-3 if options.get("normalize") else 1e-5
+    if operator == "readout":  # q̃ = q − S q / n may nearly cancel, and the output norm enlarges what is left
+        tol = max(tol, 1e-4)
     for b in range(3):
         alone = attention.make_cache()
         picked = [(real, mask), (later, later_mask), (later[:, :1], np.array([[True], [False], [True]]))]

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import assert_close, to_numpy
-from ops_reference import Case, Problem, each_operator, function, leaves, mlx_state, tiny_chunks
+from ops_reference import Case, Problem, each_operator, function, leaves, tiny_chunks
 
 from mlx_hla.ops import primitive
 
@@ -83,10 +83,10 @@ def test_vmap_over_some_arguments(op, monkeypatch):
     """q mapped along its last axis but one, v along its first; k and the decay are shared."""
     tiny_chunks(monkeypatch)
     problems = [Problem(op, Case(T=20, decay="gates"), seed) for seed in range(3)]
-    (q, _, v, _), (_, k, _, g) = stacked(problems), problems[0].arrays.values()
+    (q, _, v, *_), (_, k, _, *rest) = stacked(problems), problems[0].arrays.values()
     f = outputs(problems[0])
-    got = mx.vmap(f, in_axes=(3, None, 0, None))(mx.moveaxis(q, 0, 3), k, v, g)
-    want = [mx.stack(x) for x in zip(*(f(a, k, b, g) for a, b in zip(q, v, strict=True)), strict=True)]
+    got = mx.vmap(f, in_axes=(3, None, 0, *[None] * len(rest)))(mx.moveaxis(q, 0, 3), k, v, *rest)
+    want = [mx.stack(x) for x in zip(*(f(a, k, b, *rest) for a, b in zip(q, v, strict=True)), strict=True)]
     assert_same(op, got, want, 1e-6)
 
 
@@ -111,8 +111,10 @@ def test_vmap_with_masks_and_segments(op, monkeypatch):
 def test_vmap_of_a_step(op):
     problems = [Problem(op, Case(T=1, carried=True), seed) for seed in range(3)]
 
-    def f(q, k, v, *start):
-        o, state = function(op, step=True)(q[:, 0], k[:, 0], v[:, 0], mlx_state(problems[0].shape, start))
+    def f(*arrays):
+        named = dict(zip(problems[0].arrays, arrays, strict=True))
+        token, own = problems[0].at(0, named)
+        o, state = function(op, step=True)(*token, problems[0].start(named), **own)
         return [o, *leaves(state).values()]
 
     want = [mx.stack(x) for x in zip(*(f(*p.arrays.values()) for p in problems), strict=True)]
@@ -170,8 +172,8 @@ def counting(f, **options):
 mx.compile = counting
 import mlx_hla
 from mlx_hla import devices
-from mlx_hla.ops import passes, primitive, scan
-for module in (devices, passes, primitive, scan):
+from mlx_hla.ops import places, primitive, scan
+for module in (devices, places, primitive, scan):
     module.on_gpu = lambda: True
 def trace(T):  # builds the graph, computes nothing
     q, k, v, g = (mx.zeros(s, t) for s, t in [((1, T, 2, 8), mx.bfloat16)] * 3 + [((1, T, 2), mx.float32)])

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_hla.errors import InputError
+from mlx_hla.ops.operator import MAX_ORDER, choices
 
-OPERATORS = ("softmax", "first", "hla2", "ahla", "hla3")
-MAX_ORDER = 16
+OPERATORS = ("softmax", *choices())
 MAX_CONFIG_BYTES = 1 << 20
 # Largest value of each size, and of their products: a config is read from files that nobody vouches for.
 LIMITS = {

@@ -28,10 +28,13 @@ import copy
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_hla.ops import backend as run
+from mlx_hla.ops.operator import Operator
+from mlx_hla.ops.order import operator_of
+
 from .cache import HLACache
 from .conv import ShortConv
 from .gate import DecayGate, fixed_decay
-from .operators import find_operator
 from .padding import packing
 
 _ACTIVATIONS = {"silu": nn.silu, "sigmoid": mx.sigmoid}
@@ -48,7 +51,8 @@ class HLAttention(nn.Module):
         num_kv_heads: key-value heads Hkv, dividing Hq; default Hq.
         head_dim: key dim D; default dims // num_heads.
         value_dim: value dim Dv; default D.
-        operator: "first", "hla2", "ahla", "hla3", or an order n ≥ 1.
+        operator: "first", "hla2", "ahla", "hla3", "mixed" or "readout" (these two with their default
+            coefficients), or an order n ≥ 1.
         decay: "gate" (learned, per token and key-value head), "fixed" (constant per key-value head, not
             trained and not saved), both starting at memories of 8 to 512 tokens, or None.
         qk_norm: "rms" (with learned gains), "l2" (unit vectors), or None.
@@ -110,14 +114,18 @@ class HLAttention(nn.Module):
         self.decay, self.qk_norm, self.normalize, self.backend = decay, qk_norm, bool(normalize), backend
         self.output_gate = "silu" if output_gate is True else output_gate or None
         self.rope = _rope_base(rope, head_dim)
-        self._operator = find_operator(operator)
+        self._operator = _operator(operator)
         self.scale = 1 / head_dim if qk_norm == "l2" else head_dim**-0.5
+        # Normalised keys have the length √D; an option whose default is made for unit keys follows.
+        length = head_dim**0.5 if qk_norm else 1.0
+        options = self._operator.options
+        self._own = {o.name: o.default * length**o.key_degree for o in options if o.key_degree}
         self._out_eps = _OUT_EPS
-        if output_norm and not normalize:  # a ratio is in range by itself
-            order = self._operator.order
-            shrink = 2.0 ** -min(8, 32 // order)
+        degree = self._operator.degree
+        if output_norm and degree and not normalize:  # a ratio is in range by itself
+            shrink = 2.0 ** -min(8, 32 // degree)
             self.scale *= shrink
-            self._out_eps *= shrink ** (2 * order)
+            self._out_eps *= shrink ** (2 * degree)
         self._init_parameters(conv_size or 0, output_norm, bias)
 
     def _init_parameters(self, conv_size, output_norm, bias):
@@ -150,7 +158,7 @@ class HLAttention(nn.Module):
 
     @property
     def operator(self) -> str | int:
-        return self._operator.name
+        return self._operator.selected.get("order", self._operator.label)
 
     def _extra_repr(self):
         return (
@@ -248,11 +256,19 @@ class HLAttention(nn.Module):
         # A segment border takes two tokens of one call, so a single token has none.
         if q.shape[1] == 1 and mask is None:
             decay = decay[:, 0] if self.decay == "gate" else decay
-            o, carried.memory = self._operator.step(q[:, 0], k[:, 0], v[:, 0], memory, decay=decay, **options)
+            token = (x[:, 0] for x in (q, k, v))
+            o, carried.memory = run.step(self._operator, *token, memory, self._own, decay=decay, **options)
             return o[:, None]
-        options |= {"mask": mask, "segment_ids": segment_ids, "initial_state": memory}
-        o, carried.memory = self._operator.forward(q, k, v, decay=decay, **options)
+        options |= {"mask": mask, "segment_ids": segment_ids}
+        o, carried.memory = run.sequence(self._operator, q, k, v, memory, self._own, decay=decay, **options)
         return o
+
+
+def _operator(operator: str | int) -> Operator:
+    try:
+        return operator_of(operator)
+    except ValueError as e:
+        raise ValueError(f"[HLAttention] {e}") from None
 
 
 def _linear(fan_in, fan_out, bias):

@@ -10,23 +10,23 @@ a multiple of a grid on which float32 adds up exactly, and a rest `lo`; the sums
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from ..devices import compiled, on_gpu
+from ..kernels.plan import TINY as TINY  # stands for g = 0 where dg = (g dg) / g is formed
 
 LOG_ZERO = -128.0  # exp(-128) underflows to 0 in float32
-TINY = 1e-30  # stands for g = 0 where dg = (g dg) / g is formed
 
 
 # An element-wise function becomes one kernel on a GPU.
 fuse = partial(compiled, shapeless=True)
 
 
-@cache
+@lru_cache(maxsize=256)
 def triangle(rows: int, cols: int, offset: int, dtype: mx.Dtype, value: float = 1.0) -> mx.array:
     """value where column ≤ row + offset, else 0; evaluated at once, so that every trace can share it."""
     x = mx.array(value * np.tri(rows, cols, offset, dtype=np.float32)).astype(dtype)
@@ -61,7 +61,8 @@ def running_sums(l: mx.array) -> Sums:
 
 @fuse
 def log_decay(g):
-    return mx.where(g > 0, mx.maximum(mx.log(mx.maximum(g, 1e-38)), LOG_ZERO), LOG_ZERO)
+    # NaN is neither: it goes on.
+    return mx.where(g <= 0, LOG_ZERO, mx.maximum(mx.log(mx.maximum(g, 1e-38)), LOG_ZERO))
 
 
 @fuse
