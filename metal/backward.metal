@@ -12,7 +12,8 @@
 //     a_i = scale b_i^p x_i^T S d_i    c_j = (b_end / b_j)^p y_j^T G z_j    whole = b_end^p <S, G>
 //
 // Nothing is subtracted, so a tiny r_t keeps its digits. A decay of 0 counts as 1e-30 in the factors b and D of
-// these terms, which the division takes out again; everywhere else it is an exact zero.
+// these terms, which the division takes out again; everywhere else it is an exact zero. So the dg of a token whose
+// r_t goes through another zero is not 0 but 1e-30 of what it would be with a 1 there.
 //
 //     back_queries   forward in time with S: dx, and for the decay a and S before every chunk   (grid NB x B Ho)
 //     back_keys      backward in time with G: dy, dz and r                                       (grid NB x B Ho)
@@ -34,8 +35,8 @@ template <int W, bool DECAY, typename G>
 METAL_FUNC void both_decay_sums(
     threadgroup float2* cum, threadgroup float2* least, G g, long step, int rows, int lane) {
   const float decay = lane < rows ? g[lane * step] : 1.0f;
-  decay_sums(cum, W, decay, LOG_ZERO, float2(0.0f, 0.0f), lane);
-  if (DECAY) decay_sums(least, W, decay, LOG_TINY, float2(0.0f, 0.0f), lane);
+  decay_sums(cum, W, decay, LOG_ZERO, lane);
+  if (DECAY) decay_sums(least, W, decay, LOG_TINY, lane);
 }
 
 // The rest of one gradient's columns of a chunk, out = (b_end / b)^p out + P^T right, where out holds what G at the

@@ -65,7 +65,7 @@
     if (simdgroup == 0) {
       const int lane = thread_index_in_simdgroup;
       const float decay = lane < rows ? g[g_base + (u + lane) * g_strides[1]] : 1.0f;
-      decay_sums(cum, W, decay, LOG_ZERO, float2(0.0f, 0.0f), lane);
+      decay_sums(cum, W, decay, LOG_ZERO, lane);
     }
     sync_threadgroup();
     scores<W, K>(ps, LDP, qs, LD, ks, LD, cum, 1.0f, scale, simdgroup, threads / 32, at);
@@ -149,7 +149,7 @@
     if (simdgroup == 0) {
       const int lane = thread_index_in_simdgroup;
       const float decay = lane < rows ? g[g_base + (t + lane) * g_strides[1]] : 1.0f;
-      decay_sums(cum, W, decay, LOG_ZERO, float2(0.0f, 0.0f), lane);
+      decay_sums(cum, W, decay, LOG_ZERO, lane);
     }
     sync_threadgroup();
     scores<W, K>(ps, LDP, qs, LD, ks, LD, cum, 1.0f, scale, simdgroup, threads / 32, at);

@@ -72,7 +72,7 @@ METAL_FUNC Walk block_walk(int block, int length, int total) {
     if (simdgroup_index_in_threadgroup == 0) {
       const int lane = thread_index_in_simdgroup;
       const float decay = lane < rows ? g[g_base + (t + lane) * g_strides[1]] : 1.0f;
-      decay_sums(cum, W, decay, LOG_ZERO, float2(0.0f, 0.0f), lane);
+      decay_sums(cum, W, decay, LOG_ZERO, lane);
     }
     sync_threadgroup();
     Tile<R, NC> zs;
@@ -176,7 +176,7 @@ METAL_FUNC Walk block_walk(int block, int length, int total) {
     if (simdgroup == 0) {
       const int lane = thread_index_in_simdgroup;
       const float decay = lane < rows ? g[g_base + (t + lane) * g_strides[1]] : 1.0f;
-      decay_sums(cum, W, decay, LOG_ZERO, float2(0.0f, 0.0f), lane);
+      decay_sums(cum, W, decay, LOG_ZERO, lane);
     }
     sync_threadgroup();
     scores<W, K>(ps, LDP, xs, LDX, ys, LDY, cum, power, scale, simdgroup, threads / 32, at);

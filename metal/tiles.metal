@@ -58,8 +58,6 @@ METAL_FUNC void frag_scale(thread Frag& f, float by) {
 // Sum over the lanes up to and including this one.
 METAL_FUNC float lanes_cumsum(float x) { return simd_prefix_inclusive_sum(x); }
 
-METAL_FUNC float lanes_last(float x) { return simd_broadcast(x, 31); }
-
 METAL_FUNC float lanes_sum(float x) { return simd_sum(x); }
 
 // Sums over the lanes that hold the same row, or the same two columns, of a fragment.
@@ -218,6 +216,7 @@ METAL_FUNC void tile_write_symmetric(thread Tile<R, C>& t, P p, int size, int co
     for (int c = 0; c < C; c++) {
       int row = 8 * r + at.row, col = col0 + 8 * c + at.col, diagonal = col0 + 8 * c - 8 * r;
       float2 pair = frag_get(t.f[r][c]);
+      HLA_UNROLL
       for (int e = 0; e < 2; e++) {
         if (diagonal >= 0 && row < size && col + e < size) {
           p[row * size + col + e] = pair[e];
@@ -269,19 +268,18 @@ METAL_FUNC void tile_dot_rows(
 // cum[r] holds log g_0 + .. + log g_r of the chunk's tokens in two parts: each log is split into a
 // multiple of 2^-10, whose sums float32 holds exactly, and a rest below 2^-11. So a difference of two
 // sums has no cancellation, and D_ij = exp(cum_i - cum_j) is exact to rounding. log 0 counts as -128,
-// whose exponential is 0 in float32: an exact zero in the decay resets the state to exact zeros.
+// whose exponential is 0 in float32: an exact zero in the decay resets the state to exact zeros. A NaN stays
+// one: so is everything that it decays, as in a step.
 
 constant constexpr float LOG_ZERO = -128.0f;
 
-// One simdgroup, its lane holding the decay of token `lane` (1 beyond the chunk); `before` is the sum up to
-// the first of them. Returns what the 32 tokens add.
-METAL_FUNC float2 decay_sums(
-    threadgroup float2* cum, int width, float g, float log_least, float2 before, uint lane) {
-  float l = g > 0.0f ? max(log(g), log_least) : log_least;
+// One simdgroup, its lane holding the decay of token `lane` (1 beyond the chunk).
+METAL_FUNC void decay_sums(threadgroup float2* cum, int width, float g, float log_least, int lane) {
+  float l = log(g);
+  if (g <= 0.0f || l < log_least) l = log_least;  // not max, which drops a NaN
   float hi = rint(l * 1024.0f) * (1.0f / 1024.0f);
   float2 sum = float2(lanes_cumsum(hi), lanes_cumsum(l - hi));
-  if (int(lane) < width) cum[lane] = before + sum;
-  return float2(lanes_last(sum[0]), lanes_last(sum[1]));
+  if (lane < width) cum[lane] = sum;
 }
 
 // (product of g over the tokens after `from` up to `to`)^power

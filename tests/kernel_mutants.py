@@ -83,6 +83,8 @@ RULES = {
 
 # Edits that change nothing: (rule, a piece of the line and the next, why).
 EQUIVALENT = [
+    ("flip a loose comparison", "g <= 0.0f || l < log_least", "log 0 is below any bound"),
+    ("flip a comparison", "g <= 0.0f || l < log_least", "the larger of two equals is either"),
     ("flip a strict comparison", "DY > DZ ? DY : DZ", "the larger of two equals is either"),
     ("flip a strict comparison", "D > DV ? D : DV", "the larger of two equals is either"),
     ("flip a strict comparison", "? y_shape[2] : z_shape[2]", "the larger of two equals is either"),
