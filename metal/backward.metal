@@ -28,12 +28,12 @@
 // Mirrors passes.gradients.
 //# uses: linear
 
-constant constexpr float LOG_TINY = -69.07755f;
+CONSTANT float LOG_TINY = -69.07755f;
 
 // The sums of a chunk's logs, with a decay of 0 as exact zero and as 1e-30. One simdgroup; W <= 32.
 template <int W, bool DECAY, typename G>
-METAL_FUNC void both_decay_sums(
-    threadgroup float2* cum, threadgroup float2* least, G g, long step, int rows, int lane) {
+FUNC void both_decay_sums(
+    IN_SHARED Pair* cum, IN_SHARED Pair* least, G g, long step, int rows, int lane) {
   const float decay = lane < rows ? g[lane * step] : 1.0f;
   decay_sums(cum, W, decay, LOG_ZERO, lane);
   if (DECAY) decay_sums(least, W, decay, LOG_TINY, lane);
@@ -42,9 +42,9 @@ METAL_FUNC void both_decay_sums(
 // The rest of one gradient's columns of a chunk, out = (b_end / b)^p out + P^T right, where out holds what G at the
 // chunk's end gives; then G at its start: state = b_end^p state + scale U^T b^p right.
 template <int K, int R, int NC, typename PU, typename PR>
-METAL_FUNC void step_back(
-    thread Tile<R, NC>& out, thread Tile<K, NC>& state, threadgroup const float* p, int ldp, PU u, int ldu, PR right,
-    int ldr, int cols, threadgroup const float2* cum, float power, float scale, Spot at) {
+FUNC void step_back(
+    OWN Tile<R, NC>& out, OWN Tile<K, NC>& state, IN_SHARED const float* p, int ldp, PU u, int ldu, PR right,
+    int ldr, int cols, IN_SHARED const Pair* cum, float power, float scale, Spot at) {
   tile_decay_to_end(out, cum, power, at);
   Tile<R, NC> r;
   tile_read(r, right, ldr, 1, 8 * R, cols, at);
@@ -68,19 +68,16 @@ METAL_FUNC void step_back(
 //# body
   constexpr int K = (DZ + 7) / 8, R = W / 8, LDD = 8 * K + 16 / sizeof(TD), LDZ = 8 * K + 16 / sizeof(TZ);
   constexpr int LDP = W + 4, NS = (DY + 8 * NC - 1) / (8 * NC);
-  threadgroup TD ds[W * LDD];
-  threadgroup TZ zs[W * LDZ];
-  threadgroup float ps[W * LDP];
-  threadgroup float reads[NS * W];
-  threadgroup float2 cum[W], least[W];
+  SHARED TD ds[W * LDD];
+  SHARED TZ zs[W * LDZ];
+  SHARED float ps[W * LDP];
+  SHARED float reads[NS * W];
+  SHARED Pair cum[W], least[W];
 
-  const int thread_index = thread_index_in_threadgroup, threads = threads_per_threadgroup.x;
-  const int simdgroup = simdgroup_index_in_threadgroup;
-  const int block = threadgroup_position_in_grid.y, bh = threadgroup_position_in_grid.z;
+  const int block = launch.group.y, bh = launch.group.z;
   const int ho = d_shape[2], hs = entry_shape[1], total = d_shape[1];
   const int batch = bh / ho, head = bh % ho, shead = head * hs / ho;
-  const Spot at = lane_spot(thread_index_in_simdgroup);
-  const int col0 = 8 * NC * simdgroup;
+  const int col0 = 8 * NC * launch.simdgroup;
   const float power = floats[0], scale = floats[1];
   const Walk walk = block_walk(block, ints[0], total);
 
@@ -97,22 +94,20 @@ METAL_FUNC void step_back(
             int(entry_strides[4]), int(entry_strides[3]), DZ, DY - col0, at);
   for (int u = 0; u < walk.count; u += W) {
     const int rows = min(W, walk.count - u), t = walk.first + u;
-    stage<W, 8 * K>(ds, LDD, d + d_base + t * d_strides[1], int(d_strides[1]), int(d_strides[3]), rows, DZ,
-                    thread_index, threads);
-    stage<W, 8 * K>(zs, LDZ, z + z_base + t * z_strides[1], int(z_strides[1]), int(z_strides[3]), rows, DZ,
-                    thread_index, threads);
-    if (simdgroup == 0) {
+    stage<W, 8 * K>(ds, LDD, d + d_base + t * d_strides[1], int(d_strides[1]), int(d_strides[3]), rows, DZ, launch);
+    stage<W, 8 * K>(zs, LDZ, z + z_base + t * z_strides[1], int(z_strides[1]), int(z_strides[3]), rows, DZ, launch);
+    if (launch.simdgroup == 0) {
       both_decay_sums<W, DECAY>(cum, least, g + g_base + t * g_strides[1], g_strides[1], rows,
-                                thread_index_in_simdgroup);
+                                launch.lane);
     }
     sync_threadgroup();
-    scores<W, K>(ps, LDP, ds, LDD, zs, LDZ, cum, power, scale, simdgroup, threads / 32, at);
+    scores<W, K>(ps, LDP, ds, LDD, zs, LDZ, cum, power, scale, launch, at);
     Tile<R, NC> ys, out;
     tile_zero(out);
     tile_mma<R, K, NC, false, false>(out, ds, LDD, state, at);  // dX = scale b d S^T
     if (DECAY) {
-      tile_dot_rows(reads + simdgroup * W, out, x + x_base + t * x_strides[1], int(x_strides[1]), int(x_strides[3]), rows,
-               DY - col0, at);
+      tile_dot_rows(reads + launch.simdgroup * W, out, x + x_base + t * x_strides[1], int(x_strides[1]),
+                    int(x_strides[3]), rows, DY - col0, at);
       if (head % (ho / hs) == 0) {
         const long slot = (long(batch) * hs + shead) * ((total + W - 1) / W) + t / W;
         tile_write<float>(state, borders + slot * (DY * DZ) + col0, DY, 1, DZ, DY - col0, at);
@@ -137,15 +132,15 @@ METAL_FUNC void step_back(
     tile_decay_to_end(ys, cum, power, at);
     tile_scale(state, decay_since_start(cum[W - 1], power));
     tile_mma<K, R, NC, true, false>(state, zs, LDZ, ys, at);  // S^T = b_W S^T + Z^T (b_W / b) Y
-    if (DECAY && thread_index < rows) {
+    if (DECAY && launch.index < rows) {
       float sum = 0.0f;
-      for (int n = 0; n < NS; n++) sum += reads[n * W + thread_index];
-      a[(long(batch) * total + t + thread_index) * ho + head] =
-          scale * sum * decay_since_start(least[thread_index], power);
+      for (int n = 0; n < NS; n++) sum += reads[n * W + launch.index];
+      a[(long(batch) * total + t + launch.index) * ho + head] =
+          scale * sum * decay_since_start(least[launch.index], power);
     }
     sync_threadgroup();
   }
-  if (!DECAY && block == 0 && bh == 0 && thread_index == 0) {
+  if (!DECAY && block == 0 && bh == 0 && launch.index == 0) {
     a[0] = 0.0f;
     borders[0] = 0.0f;
   }
@@ -171,25 +166,22 @@ METAL_FUNC void step_back(
   constexpr int LDD = 8 * K + 16 / sizeof(TD), LDZ = 8 * K + 16 / sizeof(TZ), LDS = 8 * K + 4;
   constexpr int XD_BYTES = W * (LDX * sizeof(TX) + LDD * sizeof(TD)), Y_BYTES = W * LDY * sizeof(TY);
   constexpr int ROOM = XD_BYTES + Y_BYTES + (SAME ? 0 : W * LDZ * int(sizeof(TZ)));
-  threadgroup float room[ROOM / 4];
-  threadgroup float ps[W * LDP], ms[W * LDP];
-  threadgroup float2 cum[W], least[W];
-  threadgroup float by_row[DECAY ? W * R : 1], by_col[DECAY ? W * R : 1], diagonal[DECAY ? W * 8 : 1];
-  threadgroup float tails[DECAY ? W : 1], writes[DECAY ? NS * W : 1], wholes[DECAY ? NS : 1];
-  threadgroup TX* xs = reinterpret_cast<threadgroup TX*>(room);
-  threadgroup TD* ds = reinterpret_cast<threadgroup TD*>(xs + W * LDX);
-  threadgroup TY* ys = reinterpret_cast<threadgroup TY*>(ds + W * LDD);
-  threadgroup TZ* zs = reinterpret_cast<threadgroup TZ*>(SAME ? ys : ys + W * LDY);
+  SHARED float room[ROOM / 4];
+  SHARED float ps[W * LDP], ms[W * LDP];
+  SHARED Pair cum[W], least[W];
+  SHARED float by_row[DECAY ? W * R : 1], by_col[DECAY ? W * R : 1], diagonal[DECAY ? W * 8 : 1];
+  SHARED float tails[DECAY ? W : 1], writes[DECAY ? NS * W : 1], wholes[DECAY ? NS : 1];
+  IN_SHARED TX* xs = reinterpret_cast<IN_SHARED TX*>(room);
+  IN_SHARED TD* ds = reinterpret_cast<IN_SHARED TD*>(xs + W * LDX);
+  IN_SHARED TY* ys = reinterpret_cast<IN_SHARED TY*>(ds + W * LDD);
+  IN_SHARED TZ* zs = reinterpret_cast<IN_SHARED TZ*>(SAME ? ys : ys + W * LDY);
 
-  const int thread_index = thread_index_in_threadgroup, threads = threads_per_threadgroup.x;
-  const int simdgroup = simdgroup_index_in_threadgroup, lane = thread_index_in_simdgroup;
-  const bool of_y = simdgroup >= NS;  // dy's columns and the transpose of G, or dz's and G
-  const int part = threadgroup_position_in_grid.x;
-  const int block = threadgroup_position_in_grid.y, bh = threadgroup_position_in_grid.z;
+  const bool of_y = launch.simdgroup >= NS;  // dy's columns and the transpose of G, or dz's and G
+  const int part = launch.group.x;
+  const int block = launch.group.y, bh = launch.group.z;
   const int ho = d_shape[2], hs = max(int(y_shape[2]), int(z_shape[2])), total = d_shape[1];
   const int batch = bh / ho, head = bh % ho;
-  const Spot at = lane_spot(lane);
-  const int stripe = simdgroup % NS, col0 = 8 * NC * (stripe + NS * part), width = of_y ? DY : DZ;
+  const int stripe = launch.simdgroup % NS, col0 = 8 * NC * (stripe + NS * part), width = of_y ? DY : DZ;
   const float power = floats[0], scale = floats[1], own = part == 0 ? scale : 0.0f;
   const Walk walk = block_walk(block, ints[0], total);
 
@@ -206,29 +198,25 @@ METAL_FUNC void step_back(
             across, of_y ? DZ : DY, width - col0, at);
   for (int u = (walk.count - 1) / W * W; u >= 0; u -= W) {
     const int rows = min(W, walk.count - u), t = walk.first + u;
-    stage<W, 8 * K>(xs, LDX, x + x_base + t * x_strides[1], int(x_strides[1]), int(x_strides[3]), rows, DY,
-                    thread_index, threads);
-    stage<W, 8 * K>(ds, LDD, d + d_base + t * d_strides[1], int(d_strides[1]), int(d_strides[3]), rows, DZ,
-                    thread_index, threads);
-    stage<W, 8 * K>(ys, LDY, y + y_base + t * y_strides[1], int(y_strides[1]), int(y_strides[3]), rows, DY,
-                    thread_index, threads);
+    stage<W, 8 * K>(xs, LDX, x + x_base + t * x_strides[1], int(x_strides[1]), int(x_strides[3]), rows, DY, launch);
+    stage<W, 8 * K>(ds, LDD, d + d_base + t * d_strides[1], int(d_strides[1]), int(d_strides[3]), rows, DZ, launch);
+    stage<W, 8 * K>(ys, LDY, y + y_base + t * y_strides[1], int(y_strides[1]), int(y_strides[3]), rows, DY, launch);
     if (!SAME) {
-      stage<W, 8 * K>(zs, LDZ, z + z_base + t * z_strides[1], int(z_strides[1]), int(z_strides[3]), rows, DZ,
-                      thread_index, threads);
+      stage<W, 8 * K>(zs, LDZ, z + z_base + t * z_strides[1], int(z_strides[1]), int(z_strides[3]), rows, DZ, launch);
     }
-    if (simdgroup == 0) {
-      both_decay_sums<W, DECAY>(cum, least, g + g_base + t * g_strides[1], g_strides[1], rows, lane);
+    if (launch.simdgroup == 0) {
+      both_decay_sums<W, DECAY>(cum, least, g + g_base + t * g_strides[1], g_strides[1], rows, launch.lane);
     }
     sync_threadgroup();
     // ps = scale D^p (x y^T), ms = scale D^p (d z^T), and M summed over the columns and rows of its blocks.
-    for (int n = simdgroup; n < R * (R + 1) / 2; n += threads / 32) {
-      const int2 ij = triangle_block(n);
+    for (int n = launch.simdgroup; n < R * (R + 1) / 2; n += launch.threads / 32) {
+      const Spot ij = triangle_block(n);
       Frag xy = frag_zero(), dz_ = frag_zero();
-      block_mma<K>(xy, xs + 8 * ij[0] * LDX, LDX, ys + 8 * ij[1] * LDY, LDY, at);
-      block_mma<K>(dz_, ds + 8 * ij[0] * LDD, LDD, zs + 8 * ij[1] * LDZ, LDZ, at);
-      const int row = 8 * ij[0] + at.row, col = 8 * ij[1] + at.col;
-      const float2 left = frag_get(xy), right = frag_get(dz_);
-      float2 pair;
+      block_mma<K>(xy, xs + 8 * ij.row * LDX, LDX, ys + 8 * ij.col * LDY, LDY, at);
+      block_mma<K>(dz_, ds + 8 * ij.row * LDD, LDD, zs + 8 * ij.col * LDZ, LDZ, at);
+      const int row = 8 * ij.row + at.row, col = 8 * ij.col + at.col;
+      const Pair left = frag_get(xy), right = frag_get(dz_);
+      Pair pair;
       HLA_UNROLL
       for (int e = 0; e < 2; e++) {
         const bool causal = col + e <= row, before = col + e < row;
@@ -240,16 +228,16 @@ METAL_FUNC void step_back(
         }
       }
       if (DECAY) {
-        if (ij[0] == ij[1]) {
+        if (ij.row == ij.col) {
           diagonal[8 * row + at.col] = pair[0];
           diagonal[8 * row + at.col + 1] = pair[1];
         }
         const float row_total = row_sum(pair[0] + pair[1]);
-        const float2 col_total = float2(col_sum(pair[0]), col_sum(pair[1]));
-        if (at.col == 0) by_row[row * R + ij[1]] = row_total;
+        const Pair col_total = Pair(col_sum(pair[0]), col_sum(pair[1]));
+        if (at.col == 0) by_row[row * R + ij.col] = row_total;
         if (at.row == 0) {
-          by_col[col * R + ij[0]] = col_total[0];
-          by_col[(col + 1) * R + ij[0]] = col_total[1];
+          by_col[col * R + ij.row] = col_total[0];
+          by_col[(col + 1) * R + ij.row] = col_total[1];
         }
       }
     }
@@ -260,7 +248,7 @@ METAL_FUNC void step_back(
       if (DECAY) {
         const long slot = (long(batch) * hs + head * hs / ho) * ((total + W - 1) / W) + t / W;
         const float sum = lanes_sum(tile_dot(state, borders + slot * (DY * DZ) + col0, DY, 1, DZ, DY - col0, at));
-        if (lane == 0) wholes[stripe] = sum;
+        if (launch.lane == 0) wholes[stripe] = sum;
       }
     } else {
       tile_mma<R, K, NC, false, false>(out, ys, LDY, state, at);  // dZ = (b_W / b) Y G
@@ -282,7 +270,7 @@ METAL_FUNC void step_back(
     }
     if (DECAY) {
       // by_row[i][J] becomes a_i + the sum over the blocks before J; tails[j] the sum over the blocks below j's.
-      for (int i = thread_index; i < W; i += threads) {
+      for (int i = launch.index; i < W; i += launch.threads) {
         float sum = i < rows && part == 0 ? a[token + i * ho] : 0.0f, c = 0.0f, tail = 0.0f;
         for (int n = 0; n < NS; n++) c += writes[n * W + i];
         for (int n = 0; n <= i / 8; n++) {
@@ -302,7 +290,7 @@ METAL_FUNC void step_back(
     }
     sync_threadgroup();
     if (SAME) {  // the tiles are done with: their room takes dz's part over to dy's simdgroups
-      threadgroup float* parts = room + col0;
+      IN_SHARED float* parts = room + col0;
       if (!of_y) tile_write<float>(out, parts, LDS, 1, W, 8 * K - col0, at);
       sync_threadgroup();
       if (of_y) {
@@ -311,7 +299,7 @@ METAL_FUNC void step_back(
       }
     }
     if (DECAY) {
-      for (int i = thread_index; i < rows; i += threads) {
+      for (int i = launch.index; i < rows; i += launch.threads) {
         const int n = i / 8;
         float sum = wholes[0];
         for (int j = 0; j < i; j++) sum += writes[j];
@@ -328,7 +316,7 @@ METAL_FUNC void step_back(
   if (block == 0 && !of_y) {
     tile_write<float>(state, first + (long(batch) * ho + head) * (DY * DZ) + col0, DZ, 1, DY, DZ - col0, at);
   }
-  if (block == 0 && bh == 0 && part == 0 && thread_index == 0) {
+  if (block == 0 && bh == 0 && part == 0 && launch.index == 0) {
     if (SAME) dz[0] = static_cast<TOZ>(0.0f);
     if (!DECAY) r[0] = 0.0f;
   }

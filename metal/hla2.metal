@@ -30,18 +30,15 @@
 // Threadgroup bytes: 2 W (D' + pad) sizeof(T) + 4 W (D' + 4) + 4 W (W + 4) + 16 W.
 //# body
   constexpr int K = (D + 7) / 8, R = W / 8, LD = 8 * K + 16 / sizeof(T), LDK = 8 * K + 4, LDP = W + 4;
-  threadgroup T qs[W * LD];
-  threadgroup T ks[W * LD];
-  threadgroup float kts[W * LDK];
-  threadgroup float ps[W * LDP];
-  threadgroup float2 cums[2 * W];
+  SHARED T qs[W * LD];
+  SHARED T ks[W * LD];
+  SHARED float kts[W * LDK];
+  SHARED float ps[W * LDP];
+  SHARED Pair cums[2 * W];
 
-  const int thread_index = thread_index_in_threadgroup, threads = threads_per_threadgroup.x;
-  const int simdgroup = simdgroup_index_in_threadgroup;
   const int total = q_shape[1], hq = q_shape[2], hkv = k_shape[2];
-  const int bh = threadgroup_position_in_grid.z, batch = bh / hq, head = bh % hq, kv = head * hkv / hq;
-  const Spot at = lane_spot(thread_index_in_simdgroup);
-  const int col0 = 8 * NC * simdgroup;
+  const int bh = launch.group.z, batch = bh / hq, head = bh % hq, kv = head * hkv / hq;
+  const int col0 = 8 * NC * launch.simdgroup;
   const float scale = floats[0], ridge = floats[1];
   const Walk walk = block_walk(0, total, total);
 
@@ -57,18 +54,15 @@
             int(f_first_strides[2]), int(f_first_strides[3]), D, DV - col0, at);
   for (int u = 0; u < total; u += W) {
     const int rows = min(W, total - u);
-    threadgroup float2* cum = cums + (u / W % 2) * W;  // the next chunk's sums wait for nobody
-    stage<W, 8 * K>(qs, LD, q + q_base + u * q_strides[1], int(q_strides[1]), int(q_strides[3]), rows, D,
-                    thread_index, threads);
-    stage<W, 8 * K>(ks, LD, k + k_base + u * k_strides[1], int(k_strides[1]), int(k_strides[3]), rows, D,
-                    thread_index, threads);
-    if (simdgroup == 0) {
-      const int lane = thread_index_in_simdgroup;
-      const float decay = lane < rows ? g[g_base + (u + lane) * g_strides[1]] : 1.0f;
-      decay_sums(cum, W, decay, LOG_ZERO, lane);
+    IN_SHARED Pair* cum = cums + (u / W % 2) * W;  // the next chunk's sums wait for nobody
+    stage<W, 8 * K>(qs, LD, q + q_base + u * q_strides[1], int(q_strides[1]), int(q_strides[3]), rows, D, launch);
+    stage<W, 8 * K>(ks, LD, k + k_base + u * k_strides[1], int(k_strides[1]), int(k_strides[3]), rows, D, launch);
+    if (launch.simdgroup == 0) {
+      const float decay = launch.lane < rows ? g[g_base + (u + launch.lane) * g_strides[1]] : 1.0f;
+      decay_sums(cum, W, decay, LOG_ZERO, launch.lane);
     }
     sync_threadgroup();
-    scores<W, K>(ps, LDP, qs, LD, ks, LD, cum, 1.0f, scale, simdgroup, threads / 32, at);
+    scores<W, K>(ps, LDP, qs, LD, ks, LD, cum, 1.0f, scale, launch, at);
     Tile<R, NC> right, out;
     tile_zero(out);
     tile_mma<R, K, NC, false, false>(out, qs, LD, s, at);  // K~ = scale b Q S
@@ -82,7 +76,7 @@
     tile_scale(s, decay_since_start(cum[W - 1], 1.0f));
     tile_mma<K, R, NC, true, false>(s, ks, LD, right, at);  // S = b_W S + K^T (b_W / b) K
     sync_threadgroup();
-    scores<W, K>(ps, LDP, qs, LD, kts, LDK, cum, 2.0f, scale, simdgroup, threads / 32, at);
+    scores<W, K>(ps, LDP, qs, LD, kts, LDK, cum, 2.0f, scale, launch, at);
     tile_read(right, v + v_base + u * v_strides[1], int(v_strides[1]), int(v_strides[3]), rows, DV - col0, at);
     tile_zero(out);
     tile_mma<R, K, NC, false, false>(out, qs, LD, f, at);  // O = scale b^2 Q F
@@ -110,19 +104,16 @@
 // Threadgroup bytes: 2 W (D' + pad) sizeof(T) + 4 W (D' + 4) + 4 W (W + 4) + 16 W.
 //# body
   constexpr int K = (D + 7) / 8, R = W / 8, LD = 8 * K + 16 / sizeof(T), LDK = 8 * K + 4, LDP = W + 4;
-  threadgroup T qs[W * LD];
-  threadgroup T ks[W * LD];
-  threadgroup float kts[W * LDK];
-  threadgroup float ps[W * LDP];
-  threadgroup float2 cums[2 * W];
+  SHARED T qs[W * LD];
+  SHARED T ks[W * LD];
+  SHARED float kts[W * LDK];
+  SHARED float ps[W * LDP];
+  SHARED Pair cums[2 * W];
 
-  const int thread_index = thread_index_in_threadgroup, threads = threads_per_threadgroup.x;
-  const int simdgroup = simdgroup_index_in_threadgroup;
   const int total = q_shape[1], hq = q_shape[2], hkv = k_shape[2];
-  const int block = threadgroup_position_in_grid.y, blocks = threadgroups_per_grid.y;
-  const int bh = threadgroup_position_in_grid.z, batch = bh / hq, head = bh % hq, kv = head * hkv / hq;
-  const Spot at = lane_spot(thread_index_in_simdgroup);
-  const int col0 = 8 * NC * simdgroup;
+  const int block = launch.group.y, blocks = launch.groups.y;
+  const int bh = launch.group.z, batch = bh / hq, head = bh % hq, kv = head * hkv / hq;
+  const int col0 = 8 * NC * launch.simdgroup;
   const float scale = floats[0], ridge = floats[1];
   const Walk walk = block_walk(block, ints[0], total);
   const bool summed = block < blocks - 1;
@@ -138,21 +129,18 @@
                 col0 * entry_strides[4],
             int(entry_strides[3]), int(entry_strides[4]), D, D - col0, at);
   tile_zero(f);
-  float2 whole = float2(0.0f, 0.0f);
+  Pair whole = Pair(0.0f, 0.0f);
   for (int u = 0; u < walk.count; u += W) {
     const int rows = min(W, walk.count - u), t = walk.first + u;
-    threadgroup float2* cum = cums + (u / W % 2) * W;
-    stage<W, 8 * K>(qs, LD, q + q_base + t * q_strides[1], int(q_strides[1]), int(q_strides[3]), rows, D,
-                    thread_index, threads);
-    stage<W, 8 * K>(ks, LD, k + k_base + t * k_strides[1], int(k_strides[1]), int(k_strides[3]), rows, D,
-                    thread_index, threads);
-    if (simdgroup == 0) {
-      const int lane = thread_index_in_simdgroup;
-      const float decay = lane < rows ? g[g_base + (t + lane) * g_strides[1]] : 1.0f;
-      decay_sums(cum, W, decay, LOG_ZERO, lane);
+    IN_SHARED Pair* cum = cums + (u / W % 2) * W;
+    stage<W, 8 * K>(qs, LD, q + q_base + t * q_strides[1], int(q_strides[1]), int(q_strides[3]), rows, D, launch);
+    stage<W, 8 * K>(ks, LD, k + k_base + t * k_strides[1], int(k_strides[1]), int(k_strides[3]), rows, D, launch);
+    if (launch.simdgroup == 0) {
+      const float decay = launch.lane < rows ? g[g_base + (t + launch.lane) * g_strides[1]] : 1.0f;
+      decay_sums(cum, W, decay, LOG_ZERO, launch.lane);
     }
     sync_threadgroup();
-    scores<W, K>(ps, LDP, qs, LD, ks, LD, cum, 1.0f, scale, simdgroup, threads / 32, at);
+    scores<W, K>(ps, LDP, qs, LD, ks, LD, cum, 1.0f, scale, launch, at);
     Tile<R, NC> right, out;
     tile_zero(out);
     tile_mma<R, K, NC, false, false>(out, qs, LD, s, at);  // K~ = scale b Q S
@@ -182,5 +170,5 @@
   if (summed) {
     const long slot = long(bh) * (blocks - 1) + block;
     tile_write<float>(f, sums + slot * (D * DV) + col0, DV, 1, D, DV - col0, at);
-    if (thread_index < 2) logs[2 * slot + thread_index] = whole[thread_index];
+    if (launch.index < 2) logs[2 * slot + launch.index] = whole[launch.index];
   }
