@@ -30,13 +30,50 @@
 
 CONSTANT float LOG_TINY = -69.07755f;
 
-// The sums of a chunk's logs, with a decay of 0 as exact zero and as 1e-30. One simdgroup; W <= 32.
-template <int W, bool DECAY, typename G>
-FUNC void both_decay_sums(
-    IN_SHARED Pair* cum, IN_SHARED Pair* least, G g, long step, int rows, int lane) {
-  const float decay = lane < rows ? g[lane * step] : 1.0f;
-  decay_sums(cum, W, decay, LOG_ZERO, lane);
-  if (DECAY) decay_sums(least, W, decay, LOG_TINY, lane);
+// This lane's part of the sum of all products of fragment row r of t and the block at p, which is zero
+// outside rows x cols.
+template <int R, int C, typename P>
+FUNC float tile_row_dot(
+    OWN Tile<R, C>& t, int r, P p, int row_step, int col_step, int rows, int cols, Spot at) {
+  float sum = 0.0f;
+  HLA_UNROLL
+  for (int c = 0; c < C; c++) {
+    int row = 8 * r + at.row, col = 8 * c + at.col;
+    Pair pair = frag_get(t.f[r][c]);
+    if (row < rows && col < cols) sum += pair[0] * static_cast<float>(p[row * row_step + col * col_step]);
+    if (row < rows && col + 1 < cols) sum += pair[1] * static_cast<float>(p[row * row_step + (col + 1) * col_step]);
+  }
+  return sum;
+}
+
+// This lane's part of the sum over all rows.
+template <int R, int C, typename P>
+FUNC float tile_dot(OWN Tile<R, C>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
+  float sum = 0.0f;
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) sum += tile_row_dot(t, r, p, row_step, col_step, rows, cols, at);
+  return sum;
+}
+
+// sums[r] = the dot product of row r of both.
+template <int R, int C, typename P>
+FUNC void tile_dot_rows(
+    IN_SHARED float* sums, OWN Tile<R, C>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    const float sum = row_sum(tile_row_dot(t, r, p, row_step, col_step, rows, cols, at));
+    if (at.col == 0) sums[8 * r + at.row] = sum;
+  }
+}
+
+// stage_decay with a decay of 0 as exact zero and, where its gradient is wanted, as 1e-30 too.
+template <int W, bool DECAY, typename P>
+FUNC void stage_both_decays(IN_SHARED Pair* cum, IN_SHARED Pair* least, P g, long step, int rows, Launch launch) {
+  if (launch.simdgroup == 0) {
+    const float decay = launch.lane < rows ? g[launch.lane * step] : 1.0f;
+    decay_sums(cum, W, decay, LOG_ZERO, launch.lane);
+    if (DECAY) decay_sums(least, W, decay, LOG_TINY, launch.lane);
+  }
 }
 
 // The rest of one gradient's columns of a chunk, out = (b_end / b)^p out + P^T right, where out holds what G at the
@@ -53,6 +90,18 @@ FUNC void step_back(
   tile_scale(state, decay_since_start(cum[8 * R - 1], power));
   tile_mma<K, R, NC, true, false>(state, u, ldu, r, at);
 }
+
+//# before each body
+  const int block = launch.group.y, bh = launch.group.z;
+  const int ho = d_shape[2], total = d_shape[1], batch = bh / ho, head = bh % ho;
+  const float power = floats[0], scale = floats[1];
+  const Walk walk = block_walk(block, ints[0], total);
+  const long x_base = batch * x_strides[0] + (head * x_shape[2] / ho) * x_strides[2];
+  const long y_base = batch * y_strides[0] + (head * y_shape[2] / ho) * y_strides[2];
+  const long z_base = batch * z_strides[0] + (head * z_shape[2] / ho) * z_strides[2];
+  const long d_base = batch * d_strides[0] + head * d_strides[2];
+  const long g_base = batch * g_strides[0] + (head * g_shape[2] / ho) * g_strides[2];
+//# end
 
 //# kernel back_queries
 //# inputs: x y z d g entry plus ints floats
@@ -74,19 +123,7 @@ FUNC void step_back(
   SHARED float reads[NS * W];
   SHARED Pair cum[W], least[W];
 
-  const int block = launch.group.y, bh = launch.group.z;
-  const int ho = d_shape[2], hs = entry_shape[1], total = d_shape[1];
-  const int batch = bh / ho, head = bh % ho, shead = head * hs / ho;
-  const int col0 = 8 * NC * launch.simdgroup;
-  const float power = floats[0], scale = floats[1];
-  const Walk walk = block_walk(block, ints[0], total);
-
-  const long x_base = batch * x_strides[0] + (head * x_shape[2] / ho) * x_strides[2] + col0 * x_strides[3];
-  const long y_base = batch * y_strides[0] + (head * y_shape[2] / ho) * y_strides[2] + col0 * y_strides[3];
-  const long z_base = batch * z_strides[0] + (head * z_shape[2] / ho) * z_strides[2];
-  const long d_base = batch * d_strides[0] + head * d_strides[2];
-  const long g_base = batch * g_strides[0] + (head * g_shape[2] / ho) * g_strides[2];
-
+  const int hs = entry_shape[1], shead = head * hs / ho, col0 = 8 * NC * launch.simdgroup;
   Tile<K, NC> state;  // S^T
   tile_read(state,
             entry + batch * entry_strides[0] + shead * entry_strides[1] + block * entry_strides[2] +
@@ -96,18 +133,15 @@ FUNC void step_back(
     const int rows = min(W, walk.count - u), t = walk.first + u;
     stage<W, 8 * K>(ds, LDD, d + d_base + t * d_strides[1], int(d_strides[1]), int(d_strides[3]), rows, DZ, launch);
     stage<W, 8 * K>(zs, LDZ, z + z_base + t * z_strides[1], int(z_strides[1]), int(z_strides[3]), rows, DZ, launch);
-    if (launch.simdgroup == 0) {
-      both_decay_sums<W, DECAY>(cum, least, g + g_base + t * g_strides[1], g_strides[1], rows,
-                                launch.lane);
-    }
+    stage_both_decays<W, DECAY>(cum, least, g + g_base + t * g_strides[1], g_strides[1], rows, launch);
     sync_threadgroup();
     scores<W, K>(ps, LDP, ds, LDD, zs, LDZ, cum, power, scale, launch, at);
     Tile<R, NC> ys, out;
     tile_zero(out);
     tile_mma<R, K, NC, false, false>(out, ds, LDD, state, at);  // dX = scale b d S^T
     if (DECAY) {
-      tile_dot_rows(reads + launch.simdgroup * W, out, x + x_base + t * x_strides[1], int(x_strides[1]),
-                    int(x_strides[3]), rows, DY - col0, at);
+      tile_dot_rows(reads + launch.simdgroup * W, out, x + x_base + t * x_strides[1] + col0 * x_strides[3],
+                    int(x_strides[1]), int(x_strides[3]), rows, DY - col0, at);
       if (head % (ho / hs) == 0) {
         const long slot = (long(batch) * hs + shead) * ((total + W - 1) / W) + t / W;
         tile_write<float>(state, borders + slot * (DY * DZ) + col0, DY, 1, DZ, DY - col0, at);
@@ -117,7 +151,8 @@ FUNC void step_back(
     if (SAME) {
       tile_read(ys, zs + col0, LDZ, 1, W, 8 * K - col0, at);
     } else {
-      tile_read(ys, y + y_base + t * y_strides[1], int(y_strides[1]), int(y_strides[3]), rows, DY - col0, at);
+      tile_read(ys, y + y_base + t * y_strides[1] + col0 * y_strides[3], int(y_strides[1]), int(y_strides[3]), rows,
+                DY - col0, at);
     }
     sync_threadgroup();
     tile_mma<R, R, NC, false, true>(out, ps, LDP, ys, at);  // dX += (D^p scale d z^T) Y
@@ -178,18 +213,9 @@ FUNC void step_back(
 
   const bool of_y = launch.simdgroup >= NS;  // dy's columns and the transpose of G, or dz's and G
   const int part = launch.group.x;
-  const int block = launch.group.y, bh = launch.group.z;
-  const int ho = d_shape[2], hs = max(int(y_shape[2]), int(z_shape[2])), total = d_shape[1];
-  const int batch = bh / ho, head = bh % ho;
+  const int hs = max(int(y_shape[2]), int(z_shape[2]));
   const int stripe = launch.simdgroup % NS, col0 = 8 * NC * (stripe + NS * part), width = of_y ? DY : DZ;
-  const float power = floats[0], scale = floats[1], own = part == 0 ? scale : 0.0f;
-  const Walk walk = block_walk(block, ints[0], total);
-
-  const long x_base = batch * x_strides[0] + (head * x_shape[2] / ho) * x_strides[2];
-  const long y_base = batch * y_strides[0] + (head * y_shape[2] / ho) * y_strides[2];
-  const long z_base = batch * z_strides[0] + (head * z_shape[2] / ho) * z_strides[2];
-  const long d_base = batch * d_strides[0] + head * d_strides[2];
-  const long g_base = batch * g_strides[0] + (head * g_shape[2] / ho) * g_strides[2];
+  const float own = part == 0 ? scale : 0.0f;
 
   Tile<K, NC> state;
   const int down = of_y ? after_strides[4] : after_strides[3], across = of_y ? after_strides[3] : after_strides[4];
@@ -204,9 +230,7 @@ FUNC void step_back(
     if (!SAME) {
       stage<W, 8 * K>(zs, LDZ, z + z_base + t * z_strides[1], int(z_strides[1]), int(z_strides[3]), rows, DZ, launch);
     }
-    if (launch.simdgroup == 0) {
-      both_decay_sums<W, DECAY>(cum, least, g + g_base + t * g_strides[1], g_strides[1], rows, launch.lane);
-    }
+    stage_both_decays<W, DECAY>(cum, least, g + g_base + t * g_strides[1], g_strides[1], rows, launch);
     sync_threadgroup();
     // ps = scale D^p (x y^T), ms = scale D^p (d z^T), and M summed over the columns and rows of its blocks.
     for (int n = launch.simdgroup; n < R * (R + 1) / 2; n += launch.threads / 32) {

@@ -66,10 +66,7 @@ FUNC Walk block_walk(int block, int length, int total) {
   for (int n = 0; n <= last_chunk; n += W) {
     const int u = BACK ? last_chunk - n : n, rows = min(W, walk.count - u), t = walk.first + u;
     stage<W, 8 * K>(ys, LD, y + y_base + t * y_strides[1], int(y_strides[1]), int(y_strides[3]), rows, DY, launch);
-    if (launch.simdgroup == 0) {
-      const float decay = launch.lane < rows ? g[g_base + (t + launch.lane) * g_strides[1]] : 1.0f;
-      decay_sums(cum, W, decay, LOG_ZERO, launch.lane);
-    }
+    stage_decay<W>(cum, g + g_base + t * g_strides[1], g_strides[1], rows, launch);
     sync_threadgroup();
     Tile<R, NC> zs;
     if (SAME) {
@@ -98,7 +95,7 @@ FUNC Walk block_walk(int block, int length, int total) {
   } else {
     tile_write<float>(state, sums + slot * (DY * DZ) + col0, DZ, 1, DY, DZ - col0, at);
   }
-  if (launch.index < 2) logs[2 * slot + launch.index] = whole[launch.index];
+  if (launch.index < 2) logs[2 * slot + launch.index] = launch.index == 0 ? whole[0] : whole[1];
 
 //# kernel linear_scan
 //# inputs: sums logs first floats
@@ -164,10 +161,7 @@ FUNC Walk block_walk(int block, int length, int total) {
     const int rows = min(W, walk.count - u), t = walk.first + u;
     stage<W, 8 * K>(xs, LDX, x + x_base + t * x_strides[1], int(x_strides[1]), int(x_strides[3]), rows, DY, launch);
     stage<W, 8 * K>(ys, LDY, y + y_base + t * y_strides[1], int(y_strides[1]), int(y_strides[3]), rows, DY, launch);
-    if (launch.simdgroup == 0) {
-      const float decay = launch.lane < rows ? g[g_base + (t + launch.lane) * g_strides[1]] : 1.0f;
-      decay_sums(cum, W, decay, LOG_ZERO, launch.lane);
-    }
+    stage_decay<W>(cum, g + g_base + t * g_strides[1], g_strides[1], rows, launch);
     sync_threadgroup();
     scores<W, K>(ps, LDP, xs, LDX, ys, LDY, cum, power, scale, launch, at);
     Tile<R, NC> zs, os;

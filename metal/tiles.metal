@@ -257,42 +257,6 @@ FUNC void tile_write_symmetric(OWN Tile<R, C>& t, P p, int size, int col0, Spot 
   }
 }
 
-// This lane's part of the sum of all products of fragment row r of t and the block at p, which is zero
-// outside rows x cols.
-template <int R, int C, typename P>
-FUNC float tile_row_dot(
-    OWN Tile<R, C>& t, int r, P p, int row_step, int col_step, int rows, int cols, Spot at) {
-  float sum = 0.0f;
-  HLA_UNROLL
-  for (int c = 0; c < C; c++) {
-    int row = 8 * r + at.row, col = 8 * c + at.col;
-    Pair pair = frag_get(t.f[r][c]);
-    if (row < rows && col < cols) sum += pair[0] * static_cast<float>(p[row * row_step + col * col_step]);
-    if (row < rows && col + 1 < cols) sum += pair[1] * static_cast<float>(p[row * row_step + (col + 1) * col_step]);
-  }
-  return sum;
-}
-
-// This lane's part of the sum over all rows.
-template <int R, int C, typename P>
-FUNC float tile_dot(OWN Tile<R, C>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
-  float sum = 0.0f;
-  HLA_UNROLL
-  for (int r = 0; r < R; r++) sum += tile_row_dot(t, r, p, row_step, col_step, rows, cols, at);
-  return sum;
-}
-
-// sums[r] = the dot product of row r of both.
-template <int R, int C, typename P>
-FUNC void tile_dot_rows(
-    IN_SHARED float* sums, OWN Tile<R, C>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
-  HLA_UNROLL
-  for (int r = 0; r < R; r++) {
-    const float sum = row_sum(tile_row_dot(t, r, p, row_step, col_step, rows, cols, at));
-    if (at.col == 0) sums[8 * r + at.row] = sum;
-  }
-}
-
 // ---- The decay inside a chunk --------------------------------------------------------------------
 //
 // cum[r] holds log g_0 + .. + log g_r of the chunk's tokens in two parts: each log is split into a
@@ -310,6 +274,16 @@ FUNC void decay_sums(IN_SHARED Pair* cum, int width, float g, float log_least, i
   float hi = rint(l * 1024.0f) * (1.0f / 1024.0f);
   Pair sum = Pair(lanes_cumsum(hi), lanes_cumsum(l - hi));
   if (lane < width) cum[lane] = sum;
+}
+
+// The sums of a chunk of W <= 32 tokens by the first simdgroup, to be read after the next barrier. g is the decay of
+// the chunk's first token, that of the next lies `step` on.
+template <int W, typename P>
+FUNC void stage_decay(IN_SHARED Pair* cum, P g, long step, int rows, Launch launch) {
+  if (launch.simdgroup == 0) {
+    const float decay = launch.lane < rows ? g[launch.lane * step] : 1.0f;
+    decay_sums(cum, W, decay, LOG_ZERO, launch.lane);
+  }
 }
 
 // (product of g over the tokens after `from` up to `to`)^power

@@ -88,7 +88,6 @@ EQUIVALENT = [
     ("flip a strict comparison", "DY > DZ ? DY : DZ", "the larger of two equals is either"),
     ("flip a strict comparison", "D > DV ? D : DV", "the larger of two equals is either"),
     ("flip a strict comparison", "? y_shape[2] : z_shape[2]", "the larger of two equals is either"),
-    ("another simdgroup", "g_strides[1], rows, launch.lane)", "back_keys has two or more; any may do it"),
     ("one thread too few", "i < W; i += launch.threads", "64 threads or more, and W is at most 32"),
     ("take the last stride for 1", "plus_strides[3]", "plus is what back_queries wrote: contiguous"),
 ]

@@ -59,3 +59,22 @@ def test_every_body_begins_with_the_launch():
             assert kernel.body.count("thread_index_in_threadgroup") == 1, name
             assert "//#" not in kernel.body, name
             assert "each body" not in kernel.header, name
+
+
+LONGEST = 8  # equal lines that may follow one another in two places
+
+
+def test_nothing_stands_twice():
+    """No stretch of code copies another: what two kernels share is a function, or begins all bodies."""
+    lines = []  # (file and line, code)
+    for path in FILES:
+        text = without_comments(path.read_text(encoding="ascii"))
+        lines += [
+            (f"{path.name}:{n}", " ".join(x.split())) for n, x in enumerate(text.split("\n"), 1) if x.strip()
+        ]
+    seen = {}
+    for start in range(len(lines) - LONGEST):
+        stretch = lines[start : start + LONGEST + 1]
+        place, text = stretch[0][0], tuple(x for _, x in stretch)
+        assert text not in seen, f"{place} and {seen[text]} begin {LONGEST + 1} equal lines"
+        seen[text] = place
