@@ -77,6 +77,7 @@ RULES = {
     "round too early": (r"static_cast<T>\(", "static_cast<T>(2.0f * "),
     "one thread too few": (r"\+= (launch\.threads|32 \* NS)(?=\))", r"+= \1 + 1"),
     "a reset that leaks": (r"-128\.0f", "-16.0f"),
+    "a zero taken for 1e-30": (r"\bdecay, LOG_ZERO\b", "decay, -69.07755f"),
     "mirror too little": (r"diagonal (>=?) 0", r"diagonal \1 8"),
     "write a state to the wrong place": (r"\bslot \* ", "(slot ^ 1) * "),
 }  # fmt: skip
@@ -88,6 +89,8 @@ EQUIVALENT = [
     ("flip a strict comparison", "DY > DZ ? DY : DZ", "the larger of two equals is either"),
     ("flip a strict comparison", "D > DV ? D : DV", "the larger of two equals is either"),
     ("flip a strict comparison", "? y_shape[2] : z_shape[2]", "the larger of two equals is either"),
+    ("another simdgroup", "step_normaliser<", "a step has two simdgroups or more; any may do it"),
+    ("one thread too few", "i < rows; i += launch.threads", "64 threads or more, and rows at most 32"),
     ("one thread too few", "i < W; i += launch.threads", "64 threads or more, and W is at most 32"),
     ("take the last stride for 1", "plus_strides[3]", "plus is what back_queries wrote: contiguous"),
 ]
