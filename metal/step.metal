@@ -37,17 +37,32 @@ FUNC Place place_of(S strides, int batch, int head) {
   return at;
 }
 
-// out [G, WIDTH] = scale (each column's sum over the simdgroups, to what out holds where ADD). A lane has the sums
-// of the columns lane + 32 c; part is scratch of NS * WIDTH floats. Ends with a barrier.
-template <int WIDTH, int G, int NS, bool ADD>
-FUNC void column_sums(
-    OWN float (&sum)[G][(WIDTH + 31) / 32], float scale, IN_SHARED float* part, IN_SHARED float* out, Launch launch) {
+// What a lane adds up for each of G outputs, of the columns lane + 32 c.
+template <int G, int C>
+struct Sums {
+  float of[G][C];
+};
+
+template <int G, int C>
+FUNC void sums_zero(OWN Sums<G, C>& sums) {
   HLA_UNROLL
   for (int h = 0; h < G; h++) {
     HLA_UNROLL
-    for (int c = 0; c < (WIDTH + 31) / 32; c++) {
+    for (int c = 0; c < C; c++) sums.of[h][c] = 0.0f;
+  }
+}
+
+// out [G, WIDTH] = scale (the sums over all simdgroups, and what out holds where ADD). part is scratch of
+// NS * WIDTH floats. Ends with a barrier.
+template <int WIDTH, int NS, bool ADD, int G, int C>
+FUNC void sums_write(
+    OWN Sums<G, C>& sums, float scale, IN_SHARED float* part, IN_SHARED float* out, Launch launch) {
+  HLA_UNROLL
+  for (int h = 0; h < G; h++) {
+    HLA_UNROLL
+    for (int c = 0; c < C; c++) {
       int col = launch.lane + 32 * c;
-      if (col < WIDTH) part[launch.simdgroup * WIDTH + col] = sum[h][c];
+      if (col < WIDTH) part[launch.simdgroup * WIDTH + col] = sums.of[h][c];
     }
     sync_threadgroup();
     for (int col = 32 * launch.simdgroup + launch.lane; col < WIDTH; col += 32 * NS) {
@@ -66,26 +81,22 @@ FUNC void step_la(
     P old_state, Place from, Q new_state, long to, float decay, IN_SHARED const float* y,
     IN_SHARED const float* z, IN_SHARED const float* x, float scale, IN_SHARED float* part,
     IN_SHARED float* out, Launch launch) {
-  constexpr int CPL = (DZ + 31) / 32;
-  float sum[G][CPL];
-  HLA_UNROLL
-  for (int h = 0; h < G; h++) {
-    HLA_UNROLL
-    for (int c = 0; c < CPL; c++) sum[h][c] = 0.0f;
-  }
+  constexpr int C = (DZ + 31) / 32;
+  Sums<G, C> sums;
+  sums_zero(sums);
   for (int row = launch.simdgroup; row < DY; row += NS) {
     HLA_UNROLL
-    for (int c = 0; c < CPL; c++) {
+    for (int c = 0; c < C; c++) {
       int col = launch.lane + 32 * c;
       if (col < DZ) {
         float s = decay * old_state[from.base + row * from.row_step + col * from.col_step] + y[row] * z[col];
         new_state[to + row * DZ + col] = s;
         HLA_UNROLL
-        for (int h = 0; h < G; h++) sum[h][c] += s * x[h * DY + row];
+        for (int h = 0; h < G; h++) sums.of[h][c] += s * x[h * DY + row];
       }
     }
   }
-  column_sums<DZ, G, NS, false>(sum, scale, part, out, launch);
+  sums_write<DZ, NS, false>(sums, scale, part, out, launch);
 }
 
 // The same for y = z and a symmetric state of which only the upper triangle lies in memory: element (row, col)
@@ -95,27 +106,23 @@ template <int D, int G, int NS, typename P, typename Q>
 FUNC void step_la_packed(
     P old_state, Place from, Q new_state, long to, float decay, IN_SHARED const float* y,
     IN_SHARED const float* x, float scale, IN_SHARED float* part, IN_SHARED float* out, Launch launch) {
-  constexpr int CPL = (D + 31) / 32;
-  float sum[G][CPL];
-  HLA_UNROLL
-  for (int h = 0; h < G; h++) {
-    HLA_UNROLL
-    for (int c = 0; c < CPL; c++) sum[h][c] = 0.0f;
-  }
+  constexpr int C = (D + 31) / 32;
+  Sums<G, C> sums;
+  sums_zero(sums);
   for (int row = launch.simdgroup; row < D; row += NS) {
     const int start = row * D - row * (row + 1) / 2;  // where column 0 of this row would lie
     float mirrored[G];
     HLA_UNROLL
     for (int h = 0; h < G; h++) mirrored[h] = 0.0f;
     HLA_UNROLL
-    for (int c = 0; c < CPL; c++) {
+    for (int c = 0; c < C; c++) {
       int col = launch.lane + 32 * c;
       if (row <= col && col < D) {
         float s = decay * old_state[from.base + (start + col) * from.col_step] + y[row] * y[col];
         new_state[to + start + col] = s;
         HLA_UNROLL
         for (int h = 0; h < G; h++) {
-          sum[h][c] += s * x[h * D + row];
+          sums.of[h][c] += s * x[h * D + row];
           if (row < col) mirrored[h] += s * x[h * D + col];
         }
       }
@@ -126,7 +133,7 @@ FUNC void step_la_packed(
       if (launch.lane == 0) out[h * D + row] = total;
     }
   }
-  column_sums<D, G, NS, true>(sum, scale, part, out, launch);
+  sums_write<D, NS, true>(sums, scale, part, out, launch);
 }
 
 // The step of the symmetric state S = LA(k, k) for the group's queries, packed or whole.

@@ -17,7 +17,7 @@ OTHERS += ["quadgroups_per_threadgroup"]
 OWN_WORDS = [
     r"\b(?:device|constant|threadgroup|thread|threadgroup_imageblock|ray_data|object_data)\b",
     rf"\b(?:{'|'.join([*ATTRIBUTES, *OTHERS])})\b",
-    r"\b(?:simd|quad|simdgroup|threadgroup)_\w+",
+    r"\b(?:simd|quad|simdgroup|threadgroup|thread)_\w+|\bmake_filled_\w+",
     r"\bmem_\w+",
     r"\bMETAL_\w+|\bmetal\b|\bmetal_\w+",
     r"\bkernel\b|\[\[|\bas_type\b|\buint[234]?\b|\bfloat[234]\b|\bint[234]\b",
