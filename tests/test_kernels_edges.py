@@ -15,7 +15,7 @@ from kernel_problems import (
     through_steps,
     use_schedule,
 )
-from ops_reference import leaves
+from ops_reference import function, leaves
 from standin import metal
 
 from mlx_hla import kernels
@@ -216,14 +216,28 @@ def test_a_nan_decay_is_not_taken_for_zero(monkeypatch, op, schedule, at):
     check_nan_decay(KernelProblem(op, CASE), at)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@each_family
+@pytest.mark.parametrize(
+    ("op", "packed"),
+    [("first", False), ("hla2", False), ("hla2", True), ("ahla", False), ("hla3", False), ("hla3", True)],
+)
 def test_a_nan_decay_in_steps(monkeypatch, op, packed):
-    if packed and op not in ("hla2", "hla3"):
-        pytest.skip("only a symmetric S is packed")
     metal.install(monkeypatch)
     case = Case(**(vars(CASE) | {"T": 4, "carried": not packed}))
     check_nan_decay(KernelProblem(op, case, make=lambda op: through_steps(op, packed)), 1)
+
+
+@each_family
+def test_a_nan_decay_in_a_normalised_step(monkeypatch, op):
+    metal.install(monkeypatch)
+    q, k, v = (mx.array(abs(normal(i, 2, h, 16)), mx.float32) for i, h in ((0, 4), (1, 2), (2, 2)))
+    step = function(op, step=True)
+    _, state = step(q, k, v, None, normalize=True, backend="metal")
+    decay = mx.array([[1.0, float("nan")], [1.0, 1.0]])
+    o, state = step(q, k, v, state, decay=decay, normalize=True, backend="metal")
+    for name, x in {"o": o, **leaves(state)}.items():
+        heads = np.isnan(to_numpy(x)).reshape(4, -1)  # of two sequences, before and after the half
+        assert heads[1].all(), name
+        assert not heads[[0, 2, 3]].any(), name
 
 
 @each_family
