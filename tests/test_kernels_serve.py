@@ -107,7 +107,7 @@ def test_every_kernel_is_described():
             names.append(name)
             assert kernel.inputs
             assert kernel.outputs
-            assert kernel.header.count("METAL_FUNC void sync_threadgroup") == 1
+            assert kernel.header.count("FUNC void sync_threadgroup") == 1
             assert "//#" not in kernel.body
     assert len(names) == len(set(names))
     assert {"linear_sums", "linear_scan", "linear_out", "hla2_walk", "hla2_middle"} <= set(names)

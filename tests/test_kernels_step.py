@@ -24,6 +24,7 @@ SHAPES = [
     Case(T=1, B=1, Hq=1, Hkv=1, D=8, V=8),
     Case(T=4, D=16, V=8, decay="extreme", carried=True, Hq=6, Hkv=2, scale=0.7),
     Case(T=2, B=1, Hq=2, Hkv=1, D=24, V=40, decay="heads", carried=True),
+    Case(T=2, B=1, Hq=2, Hkv=1, D=8, V=104, decay="gates", carried=True),  # more columns than threads
     Case(T=2, B=1, Hq=2, Hkv=2, D=40, V=24, decay="float", carried=True),
     Case(T=2, B=1, Hq=2, Hkv=1, D=128, V=96, decay="gates", carried=True),
     Case(T=2, B=1, Hq=16, Hkv=1, D=8, V=16, decay="gates", carried=True),

@@ -103,7 +103,7 @@ def test_a_broken_kernel_fails(monkeypatch, capsys):
 
 @needs_standin
 def test_a_kernel_that_does_not_compile_fails(monkeypatch, capsys):
-    install(monkeypatch, "METAL_FUNC Place place_of", "METAL_FUNC Nothing place_of")
+    install(monkeypatch, "FUNC Place place_of", "FUNC Nothing place_of")
     cases = [Case("first", kind, "float32", TOKEN) for kind in ("step", "forward")]
     assert selftest.run(arguments(json=True), cases) == 1
     step, forward = json.loads(capsys.readouterr().out)["results"]
