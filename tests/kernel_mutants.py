@@ -90,6 +90,7 @@ EQUIVALENT = [
     ("flip a strict comparison", "D > DV ? D : DV", "the larger of two equals is either"),
     ("flip a strict comparison", "? y_shape[2] : z_shape[2]", "the larger of two equals is either"),
     ("another simdgroup", "step_normaliser<", "a step has two simdgroups or more; any may do it"),
+    ("turn an equality", "? whole[0] : whole[1]", "a log's two parts are only ever added"),
     ("one thread too few", "i < rows; i += launch.threads", "64 threads or more, and rows at most 32"),
     ("one thread too few", "i < W; i += launch.threads", "64 threads or more, and W is at most 32"),
     ("take the last stride for 1", "plus_strides[3]", "plus is what back_queries wrote: contiguous"),

@@ -56,7 +56,7 @@ def through_a_column(family, q, k, v, g, *state, eps, **options):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_values(monkeypatch, family, shape, schedule):
-    metal.install(monkeypatch, schedule=schedule)
+    metal.install(monkeypatch, schedule=schedule, strict_writes=True)
     arrays, state = inputs(family, *SHAPES[shape])
     options = {"scale": 0.3} | ({"ridge": 0.2} if family == "hla2" else {})
     with metal.counters() as c:
