@@ -72,8 +72,8 @@ def _pass(scale: float, power: int, decay: bool, dtype: mx.Dtype) -> Callable[[O
 
     back = differentiable(gradients)
 
-    def run_vjp(a: Operands, out: Walked, d: Walked) -> Operands:
-        return Operands(*back(Backward(a, out.entry, d.o, d.last)))
+    def run_vjp(a: Operands, out: Walked, d: Walked) -> passes.Gradients:
+        return back(Backward(a, out.entry, d.o, d.last))
 
     return differentiable(run, run_vjp)
 

@@ -237,8 +237,7 @@ def gradients(x, y, z, g, entry, do, d_last, *, power=1, scale=1.0, decay=True, 
     dx, a, borders = back_queries(x, y, z, g, do, entry, plus, cut, shape.width, factors, decay)
     after = entries(x, do, g, spread(d_last, heads), cut, factors, back=True)
     dy, dz, r, first = back_keys(x, y, z, g, do, after, a, borders, cut, shape, factors, decay)
-    dx, dy, dz = (
-        None if d is None else shared(d, a.shape[2]).astype(a.dtype) for d, a in ((dx, x), (dy, y), (dz, z))
-    )
+    dx, dy = (shared(d, a.shape[2]).astype(a.dtype) for d, a in ((dx, x), (dy, y)))
+    dz = None if z is None else shared(dz, z.shape[2]).astype(z.dtype)
     dg = power * shared(r.flatten(2), g.shape[2]) / mx.maximum(g, TINY) if decay else None
     return Gradients(dx, dy, dz, dg, shared(first, entry.shape[1], 1))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 THREADGROUP_BYTES = 32 * 1024
+SPARE = 256  # bytes of a threadgroup that a step leaves free, for alignment
 TINY = 1e-30  # stands for a decay of 0 where its gradient divides by it
 MAX_DIM = 128
 STRIPE = 2  # fragments of 8 columns that a simdgroup owns
@@ -75,7 +76,7 @@ def step_bytes(D: int, DV: int, groups: int, simdgroups: int) -> int:
 def step_simdgroups(D: int, DV: int, groups: int) -> int:
     """Simdgroups of a step's threadgroup: four rows of a state each, as far as their sums fit."""
     want = min(16, max(1, D // 4))
-    while want > 1 and step_bytes(D, DV, groups, want) > THREADGROUP_BYTES:
+    while want > 1 and step_bytes(D, DV, groups, want) > THREADGROUP_BYTES - SPARE:
         want -= 1
     return want
 

@@ -34,6 +34,17 @@ class Operands(NamedTuple):
         return Operands(q[:, cut], k[:, cut], v[:, cut], g[:, cut], S, F)
 
 
+class Gradients(NamedTuple):
+    """Of the operands; None where g is a constant."""
+
+    q: mx.array
+    k: mx.array
+    v: mx.array | None
+    g: mx.array | None
+    S: mx.array
+    F: mx.array
+
+
 class Kept(NamedTuple):
     """What blocks leave to the backward: K̃ and the states that enter the blocks."""
 
@@ -102,8 +113,9 @@ def middle(q, k, v, g, entry, cut: Blocks, scale: float, ridge: float):
     )
 
 
-def forward(q, k, v, g, S, F, scale: float, ridge: float) -> Walked:
+def forward(a: Operands, scale: float, ridge: float) -> Walked:
     """By the schedule that fits: one walk where the heads fill the GPU, else blocks."""
+    q, k, v, g, S, F = a
     B, T, Hq, _ = q.shape
     cut = blocks(T, B * Hq)
     if cut.count == 1:
@@ -121,7 +133,7 @@ def add_ridge(kt, q, factor: float):
     return kt + factor * q.astype(kt.dtype) if factor else kt
 
 
-def gradients(b: Backward, scale: float, ridge: float, decay: bool) -> Operands:
+def gradients(b: Backward, scale: float, ridge: float, decay: bool) -> Gradients:
     """Gradients of the operands (None for g unless `decay`): the second pass backward, then the first."""
     q, k, v, g, S, F = b.operands
     if b.kept is not None:
@@ -134,17 +146,17 @@ def gradients(b: Backward, scale: float, ridge: float, decay: bool) -> Operands:
     dq = add_ridge(second.x, second.y, scale * ridge)
     first = passes.gradients(q, k, None, g, S_entry, second.y, b.dS, plus=dq, **options)
     dg = None if first.g is None or second.g is None else first.g + second.g
-    return Operands(first.x, first.y, second.z, dg, first.first, second.first)
+    return Gradients(first.x, first.y, second.z, dg, first.first, second.first)
 
 
 @lru_cache(maxsize=256)
 def _hla2(scale: float, ridge: float, decay: bool) -> Callable[[Operands], Walked]:
     back = differentiable(lambda b: gradients(b, scale, ridge, decay))
 
-    def run_vjp(a: Operands, out: Walked, d: Walked) -> Operands:
+    def run_vjp(a: Operands, out: Walked, d: Walked) -> Gradients:
         return back(Backward(a, out.kept, d.o, d.S, d.F))
 
-    return differentiable(lambda a: forward(*a, scale, ridge), run_vjp)
+    return differentiable(lambda a: forward(a, scale, ridge), run_vjp)
 
 
 def hla2(

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -122,12 +122,13 @@ def _step(
 ) -> Callable[[Token], Stepped]:
     """The step of an operator that has a kernel for it; its gradient is that of a sequence of one token."""
     symmetric = any(slot.symmetric for slot in operator.slots)
+    assert operator.family is not None
+    launch: Callable = partial(kernels.step, operator.family)
     factors = {"scale": scale, "eps": eps or 0.0, "packed": packed if symmetric else None, **dict(options)}
 
     def run(t: Token) -> Stepped:
-        matrices, vectors = list(t.matrices), list(t.vectors)
-        o, *new = kernels.step(operator.family, t.q, t.k, t.v, t.g, matrices, vectors, **factors)
-        return Stepped(o, *map(tuple, new))
+        o, matrices, vectors = launch(t.q, t.k, t.v, t.g, list(t.matrices), list(t.vectors), **factors)
+        return Stepped(o, tuple(matrices), tuple(vectors))
 
     def whole(*arrays: mx.array) -> list[mx.array]:
         q, k, v, g, *state = arrays
@@ -181,8 +182,8 @@ def step(operator: Operator, call: Call, state: Any, packed: bool = False) -> tu
     run = _step(operator, options, call.scale, eps, call.g is not None, packed)
     matrices, vectors = _listed(operator, state)
     g = whole_decay(call.g, (dims.B,))
-    o, matrices, vectors = run(Token(call.q, call.k, call.v, g, tuple(matrices), tuple(vectors)))
-    return o, operator.state_of(_named(operator, matrices, vectors))
+    out = run(Token(call.q, call.k, call.v, g, tuple(matrices), tuple(vectors)))
+    return out.o, operator.state_of(_named(operator, out.matrices, out.vectors))
 
 
 def one_token(operator: Operator, call: Call, state: Any) -> tuple[mx.array, Any]:

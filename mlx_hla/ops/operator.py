@@ -28,7 +28,7 @@ class Slot(NamedTuple):
     normaliser: the field of the same sum for the value 1, `[B, heads, D]`, in use where a call normalises. A
     slot that has one holds values, `[B, heads, D, Dv]`; one that has none holds keys, `[B, heads, D, D]`, or
     is a count of tokens, `[B, heads]`. symmetric: equal to its transpose.
-    index: its place where the field is a tuple of arrays.
+    member: its place where the field is a tuple of arrays.
     """
 
     name: str
@@ -36,12 +36,12 @@ class Slot(NamedTuple):
     normaliser: str | None = None
     symmetric: bool = False
     counts: bool = False
-    index: int | None = None
+    member: int | None = None
 
     @property
     def key(self) -> str:
         """What compositions call it."""
-        return self.name if self.index is None else f"{self.name}{self.index}"
+        return self.name if self.member is None else f"{self.name}{self.member}"
 
     def shape(self, dims: Dims) -> tuple[int, ...]:
         heads = dims.Hkv if self.heads == "kv" else dims.Hq
@@ -105,7 +105,7 @@ class Operator:
             x = None if name is None else getattr(state, name)
             return x if x is None or index is None else x[index]
 
-        return {s.key: Held(one(s.name, s.index), one(s.normaliser, s.index)) for s in self.slots}
+        return {s.key: Held(one(s.name, s.member), one(s.normaliser, s.member)) for s in self.slots}
 
     def state_of(self, held: Mapping[str, Held]) -> Any:
         """The inverse of `held`."""
@@ -114,7 +114,7 @@ class Operator:
             for name, x in zip((s.name, s.normaliser), held[s.key], strict=True):
                 if name is None or x is None:
                     continue
-                fields[name] = x if s.index is None else (*fields.get(name, ()), x)
+                fields[name] = x if s.member is None else (*fields.get(name, ()), x)
         return self.state(**fields)
 
     def shapes(self, dims: Dims, normalize: bool) -> dict[str, tuple[Shape, Shape | None]]:
@@ -128,7 +128,9 @@ class Operator:
     def zeros(self, dims: Dims, normalize: bool) -> Any:
         """The state before the first token."""
         shapes = self.shapes(dims, normalize).items()
-        return self.state_of({k: Held(mx.zeros(a), b and mx.zeros(b)) for k, (a, b) in shapes})
+        return self.state_of(
+            {k: Held(mx.zeros(a), None if b is None else mx.zeros(b)) for k, (a, b) in shapes}
+        )
 
     def restore(self, memory: Any) -> Any:
         """The state's NamedTuple from the plain lists that a saved one comes back as."""
@@ -141,27 +143,30 @@ class Operator:
         if state is None:
             return None
         kind: Any = self.state
-        tuples = {s.name: s.index + 1 for s in self.slots if s.index is not None}
+        tuples = {s.name: s.member + 1 for s in self.slots if s.member is not None}
         want = f"the state must be {'an' if kind.__name__[0] in 'AH' else 'a'} {kind.__name__}"
         want += "".join(f" with a tuple of {n} {name}" for name, n in tuples.items())
         if not isinstance(state, kind):
             fail(call.op, want, type(state).__name__)
-        for name, n in tuples.items():
-            x = getattr(state, name)
+        for several, n in tuples.items():
+            x = getattr(state, several)
             if not isinstance(x, tuple | list) or len(x) != n:
-                fail(call.op, want, f"{len(x)} {name}" if isinstance(x, tuple | list) else type(x).__name__)
+                fail(
+                    call.op, want, f"{len(x)} {several}" if isinstance(x, tuple | list) else type(x).__name__
+                )
         shapes, unused = self.shapes(call.dims, call.normalize), set(kind._fields)
         for s in self.slots:
-            for name, shape in zip((s.name, s.normaliser), shapes[s.key], strict=True):
+            names: tuple[str | None, ...] = (s.name, s.normaliser)
+            for name, shape in zip(names, shapes[s.key], strict=True):
                 if name is not None:
                     unused.discard(name)
                     x = getattr(state, name)
-                    if shape is not None and s.index is not None:
-                        x = _member(call.op, name, x, s.index, tuples[s.name])
+                    if shape is not None and s.member is not None:
+                        x = _member(call.op, name, x, s.member, tuples[s.name])
                     _check_array(call.op, name, x, shape)
-        for name in unused:
-            if getattr(state, name) is not None:
-                fail(call.op, f"state.{name} must be None: {self.key} has none", "an array")
+        for rest in unused:
+            if getattr(state, rest) is not None:
+                fail(call.op, f"state.{rest} must be None: {self.key} has none", "an array")
         return state
 
 

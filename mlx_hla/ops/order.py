@@ -7,6 +7,7 @@ Orders 1, 2 and 3 are `linear_attention`, `hla2` and `hla3`; each pair more cost
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ def of_order(n: int) -> Operator:
         slots=(
             Slot("S", symmetric=True),
             *([Slot("P", normaliser="m")] if odd else []),
-            *(Slot("F", "q", "eta", index=i) for i in range(pairs)),
+            *(Slot("F", "q", "eta", member=i) for i in range(pairs)),
         ),
         compose=compose,
         degree=n,
@@ -96,7 +97,7 @@ def hla(q: mx.array, k: mx.array, v: mx.array, *, order: int, **options: Any) ->
     The arguments, shapes and errors that all operators share are described in `mlx_hla.ops`; orders 2
     and 3 also take their operators' own options.
     """
-    low = {1: linear_attention, 2: hla2, 3: hla3}
+    low: dict[int, Callable] = {1: linear_attention, 2: hla2, 3: hla3}
     if _order("hla", order) in low:
         return low[order](q, k, v, **options)
     _refuse_own("hla", order, options)
@@ -107,7 +108,7 @@ def hla_step(
     q: mx.array, k: mx.array, v: mx.array, state: Any, *, order: int, **options: Any
 ) -> tuple[mx.array, Any]:
     """One token of `hla`: the step of the same order."""
-    low = {1: linear_attention_step, 2: hla2_step, 3: hla3_step}
+    low: dict[int, Callable] = {1: linear_attention_step, 2: hla2_step, 3: hla3_step}
     if _order("hla_step", order) in low:
         return low[order](q, k, v, state, **options)
     _refuse_own("hla_step", order, options)

@@ -195,12 +195,29 @@ class Operands(NamedTuple):
     first: mx.array | None
 
 
+class Gradients(NamedTuple):
+    """Of the operands; the decay's is that of its g alone, of which the sums are made."""
+
+    q: mx.array
+    k: mx.array
+    v: mx.array
+    decay: tuple[mx.array, None, None, None, None] | None
+    first: mx.array | None
+
+
 class Walked(NamedTuple):
     """What a pass gives: o, scale times the states that enter the chunks, the state after the last token."""
 
     o: mx.array
     inner: mx.array
-    last: mx.array | None = None
+    last: mx.array
+
+
+class Read(NamedTuple):
+    """The same without the last state."""
+
+    o: mx.array
+    inner: mx.array
 
 
 class Last(NamedTuple):
@@ -218,7 +235,7 @@ class Backward(NamedTuple):
     d_last: mx.array | None
 
 
-def _backward(b: Backward, scale: float, power: int) -> Operands:
+def _backward(b: Backward, scale: float, power: int) -> Gradients:
     """Gradients of one pass; each line is tagged by what it adds."""
     (q, k, v, decay, first), states, do = b.operands, b.inner, b.do
     if decay is not None:
@@ -258,15 +275,15 @@ def _backward(b: Backward, scale: float, power: int) -> Operands:
             total = total + mx.cumsum(_dots(q, dq_in), axis=-1, reverse=True)
             through = (x.astype(mx.float32) * states).sum(axis=(-3, -2, -1))[..., None] / scale
             total = total + through * mx.exp(power * (decay.hi[..., -1:] + decay.lo[..., -1:]))
-        d_decay = Decay(power * total / decay.g, None, None, None, None)  # g alone: the sums are made of it
-    return Operands(dq, dk, dv, d_decay, None if first is None else adjoint.last())
+        d_decay = power * total / decay.g, None, None, None, None
+    return Gradients(dq, dk, dv, d_decay, None if first is None else adjoint.last())
 
 
 class _Functions(NamedTuple):
     """One pass, differentiable: all that it gives, without the last state, and that alone."""
 
     both: Callable[[Operands], Walked]
-    output: Callable[[Operands], Walked]
+    output: Callable[[Operands], Read]
     state: Callable[[Operands], Last]
 
 
@@ -278,11 +295,15 @@ def _pass(scale: float, power: int) -> _Functions:
         o, inner, states = _forward(*a, scale, power)
         return Walked(o, inner, states.last() / scale)
 
-    def output(a: Operands) -> Walked:
-        return Walked(*_forward(*a, scale, power)[:2])
+    def output(a: Operands) -> Read:
+        o, inner, _ = _forward(*a, scale, power)
+        return Read(o, inner)
 
-    def walked_vjp(a: Operands, out: Walked, d: Walked) -> Operands:
+    def both_vjp(a: Operands, out: Walked, d: Walked) -> Gradients:
         return back(Backward(a, out.inner, d.o, d.last))
+
+    def output_vjp(a: Operands, out: Read, d: Read) -> Gradients:
+        return back(Backward(a, out.inner, d.o, None))
 
     def in_f32(a: Operands) -> Operands:
         q, k, v = (x.astype(mx.float32) for x in (a.q, a.k, a.v))
@@ -292,7 +313,7 @@ def _pass(scale: float, power: int) -> _Functions:
         _, k, v, decay, first = in_f32(a)
         return Last(_key_states(k, v, decay, first, scale, power).last() / scale)
 
-    def state_vjp(a: Operands, _: Last, d: Last) -> Operands:
+    def state_vjp(a: Operands, _: Last, d: Last) -> Gradients:
         wide = in_f32(a)
         q, k, v, decay, first = wide
         inner = _key_states(k, v, decay, first, scale, power).inner()
@@ -302,7 +323,7 @@ def _pass(scale: float, power: int) -> _Functions:
         return grads._replace(q=q, k=k, v=v)
 
     return _Functions(
-        differentiable(both, walked_vjp), differentiable(output, walked_vjp), differentiable(state, state_vjp)
+        differentiable(both, both_vjp), differentiable(output, output_vjp), differentiable(state, state_vjp)
     )
 
 
