@@ -206,13 +206,11 @@ def _eval(args) -> int:
         dtype=compute_dtype(),
         max_batches=args.valid_batches,
     )
-    params = model.parameters()
     result = {
         "corpus": corpus.describe(),
         "valid_bytes": scorer.bytes,
-        "nats_per_byte": scorer(params),
+        "nats_per_byte": scorer(model.parameters()),
     }
-    model.update(params)  # the scorer leaves its casts of them in the model
     samples = []
     if args.samples:
         share, count, samples = evaluate.parse_share(
@@ -249,8 +247,8 @@ def _info(args) -> int:
     from mlx.utils import tree_flatten
 
     from mlx_hla.models import PRETRAINED, load
-    from mlx_hla.models.cache import cache_bytes
     from mlx_hla.models.io import WEIGHTS, read_header
+    from mlx_hla.nn.cache import cache_bytes
 
     folder = args.model or PRETRAINED
     model, tokenizer = load(folder)

@@ -166,21 +166,3 @@ class Batches:
         starts = np.random.default_rng([self.seed, step]).integers(0, self.places, self.batch_size)
         index = mx.array(starts.astype(np.int32))[:, None] + self._window
         return self._stream[index].astype(mx.int32)
-
-
-def windows(stream: np.ndarray, batch_size: int, context: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The stream in order, every token predicted once: (tokens [B, context + 1], real [B, context]).
-
-    `real` is False on the padding of the last batch. Every batch has the same shape, so nothing recompiles.
-    """
-    if len(stream) < 2:
-        raise InputError(f"the validation text has {len(stream)} tokens: too few to predict one from another")
-    starts = range(0, len(stream) - 1, context)
-    for first in range(0, len(starts), batch_size):
-        tokens = np.zeros((batch_size, context + 1), np.int32)
-        real = np.zeros((batch_size, context), bool)
-        for row, start in enumerate(starts[first : first + batch_size]):
-            part = stream[start : start + context + 1]
-            tokens[row, : len(part)] = part
-            real[row, : len(part) - 1] = True
-        yield tokens, real

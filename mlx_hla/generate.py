@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_hla.devices import compiled
 from mlx_hla.errors import InputError
 from mlx_hla.models import LanguageModel
-from mlx_hla.models.cache import KVCache, arrays, eval_cache, fill
+from mlx_hla.nn.cache import KVCache, arrays, eval_cache, fill
 from mlx_hla.sampling import Sampling
 from mlx_hla.tokenizer import Tokenizer
 

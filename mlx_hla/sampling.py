@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_hla.errors import InputError
-from mlx_hla.models.config import option
+from mlx_hla.settings import option
 
 # B batch, V vocabulary, W tokens of history
 

@@ -5,6 +5,7 @@ import pytest
 
 from mlx_hla import data
 from mlx_hla.errors import InputError
+from mlx_hla.losses import windows
 from mlx_hla.tokenizer import train_tokenizer
 
 
@@ -115,7 +116,7 @@ def test_batches_reach_both_ends():
 def test_windows_predict_every_token_once(length):
     stream = np.arange(length, dtype=np.uint16)
     seen = []
-    for tokens, real in data.windows(stream, 2, 16):
+    for tokens, real in windows(stream, 2, 16):
         assert tokens.shape == (2, 17)
         seen += tokens[:, 1:][real].tolist()
     assert seen == list(range(1, length))
@@ -123,4 +124,4 @@ def test_windows_predict_every_token_once(length):
 
 def test_windows_of_nothing():
     with pytest.raises(InputError, match="too few"):
-        next(data.windows(np.zeros(1, np.uint16), 1, 4))
+        next(windows(np.zeros(1, np.uint16), 1, 4))

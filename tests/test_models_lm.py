@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_hla.evaluate import token_losses
+from mlx_hla.losses import token_losses
 from mlx_hla.models import LanguageModel, ModelConfig
-from mlx_hla.models.cache import KVCache, arrays, cache_bytes, fill
 from mlx_hla.models.lm import INIT_TABLE
+from mlx_hla.nn.cache import KVCache, arrays, cache_bytes, fill
 from mlx_hla.train import PRESETS
 
 SMALL = {"vocab_size": 50, "dims": 32, "num_layers": 2, "num_heads": 4, "hidden_dims": 40, "context": 32}

@@ -18,8 +18,9 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_hla.devices import on_gpu
 from mlx_hla.errors import InputError
-from mlx_hla.models.config import ModelConfig, parse_json
+from mlx_hla.models.config import ModelConfig
 from mlx_hla.models.lm import LanguageModel
+from mlx_hla.settings import parse_json
 from mlx_hla.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"

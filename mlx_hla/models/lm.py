@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_hla.losses import lent
 from mlx_hla.models.config import ModelConfig
 from mlx_hla.models.softmax import SoftmaxAttention
 from mlx_hla.nn import HLAttention
@@ -68,6 +69,20 @@ class Block(nn.Module):
         x = x + (_dropout(y, dropout, keys[0]) if dropout else y)
         y = self.mlp(self.mlp_norm(x))
         return x + (_dropout(y, dropout, keys[1]) if dropout else y)
+
+
+def _checkpointed(layer: nn.Module, run: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+    """run(x), computed again in the backward pass.
+
+    `nn.utils.checkpoint` would leave traced arrays in the layer. Only the weights and x are arguments:
+    `mx.checkpoint` differentiates by all of them, and dropout's keys have no gradient.
+    """
+
+    def pure(params, x):
+        with lent(layer, params):
+            return run(x)
+
+    return mx.checkpoint(pure)(layer.trainable_parameters(), x)
 
 
 def _dropout(x: mx.array, rate: float, key: mx.array) -> mx.array:
@@ -125,8 +140,7 @@ class LanguageModel(nn.Module):
             def run(x, layer=layer, cache=None if cache is None else cache[i], keys=keys[i]):
                 return layer(x, mask, segment_ids, cache, dropout, keys)
 
-            # Only x is an argument: `mx.checkpoint` differentiates by all, and keys have no gradient.
-            x = nn.utils.checkpoint(layer, run)(x) if checkpoint else run(x)
+            x = _checkpointed(layer, run, x) if checkpoint else run(x)
         return self.norm(x)
 
     def make_cache(self) -> list:

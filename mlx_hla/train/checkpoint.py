@@ -15,10 +15,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_hla.errors import InputError
 from mlx_hla.models import LanguageModel, ModelConfig
-from mlx_hla.models.config import read_json
 from mlx_hla.models.io import CONFIG, TOKENIZER, load_tensors, write_atomic
+from mlx_hla.settings import read_json
 from mlx_hla.tokenizer import Tokenizer
-from mlx_hla.train.settings import TrainConfig
+from mlx_hla.train.presets import TrainConfig
 from mlx_hla.train.step import Trainer
 
 WEIGHTS, OPTIMIZER, PROGRESS = "weights.safetensors", "optimizer.safetensors", "progress.json"

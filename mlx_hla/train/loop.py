@@ -15,13 +15,13 @@ import mlx.core as mx
 from mlx_hla import data
 from mlx_hla.devices import compute_dtype
 from mlx_hla.errors import InputError
-from mlx_hla.evaluate import Scorer
+from mlx_hla.losses import Scorer
 from mlx_hla.models import LanguageModel, ModelConfig, save
 from mlx_hla.models.io import CONFIG, WEIGHTS
 from mlx_hla.tokenizer import Tokenizer, train_tokenizer
 from mlx_hla.train.checkpoint import Checkpoint, find_checkpoints, load_checkpoint, save_checkpoint
+from mlx_hla.train.presets import TrainConfig
 from mlx_hla.train.report import Report, require
-from mlx_hla.train.settings import TrainConfig
 from mlx_hla.train.step import Trainer
 
 

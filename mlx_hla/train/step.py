@@ -7,9 +7,9 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 from mlx_hla.devices import compiled, compute_dtype
-from mlx_hla.evaluate import cast, token_losses
+from mlx_hla.losses import cast, token_losses
 from mlx_hla.models import LanguageModel
-from mlx_hla.train.settings import TrainConfig
+from mlx_hla.train.presets import TrainConfig
 
 
 class AdamW(optim.AdamW):
@@ -24,7 +24,8 @@ class AdamW(optim.AdamW):
 class Trainer:
     """The weights, the optimizer's state, and the compiled step between them.
 
-    The model object lends its computation only: the weights are `params`, in and out of pure functions.
+    The model object lends its computation only, and keeps the weights that it came with: what is trained
+    are `params`, in and out of pure functions.
     """
 
     def __init__(self, model: LanguageModel, settings: TrainConfig):

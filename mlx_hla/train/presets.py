@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass
 
 from mlx_hla.errors import InputError
-from mlx_hla.models.config import ModelConfig, check_types, from_dict, option
+from mlx_hla.models import ModelConfig
+from mlx_hla.settings import check_types, from_dict, option
 
 DTYPES = ("auto", "bfloat16", "float32")
 

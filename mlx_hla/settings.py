@@ -1,0 +1,84 @@
+"""Settings: dataclasses whose fields are flags of the command line and keys of JSON files, all checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mlx_hla.errors import InputError
+
+MAX_JSON_BYTES = 1 << 20
+T = TypeVar("T")
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of a dataclass that is also a flag of the command line."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "int | None": (int, type(None)),
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+    "str": (str,),
+    "str | None": (str, type(None)),
+    "str | int": (str, int),
+    "bool": (bool,),
+}
+
+
+def check_types(settings: Any) -> None:
+    """Check every field of a dataclass instance against its annotation; numbers must be finite."""
+    for field in dataclasses.fields(settings):
+        value, kind = getattr(settings, field.name), str(field.type)
+        allowed = _TYPES[kind]
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            raise InputError(f"{field.name} must be {kind}, got {repr(value)[:60]}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{field.name} must be finite, got {value}")
+
+
+def from_dict(cls: type[T], values: object, name: str) -> T:
+    """Build a dataclass from a JSON object; keys that it does not have are an error, not a surprise later."""
+    if not isinstance(values, dict):
+        raise InputError(f"{name}: must be a JSON object, got {type(values).__name__}")
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - known)
+    if unknown:
+        shown = ", ".join(repr(k[:40]) for k in unknown[:5])
+        raise InputError(f"{name}: unknown keys {shown}; known are {', '.join(sorted(known))}")
+    try:
+        return cls(**values)
+    except InputError as e:
+        raise InputError(f"{name}: {e}") from None
+
+
+def read_json(path: str | Path) -> object:
+    """Parse a small JSON file, strictly: no NaN, no repeated keys, no bomb."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{path}: larger than {MAX_JSON_BYTES} bytes")
+        return parse_json(path.read_bytes(), str(path))
+    except OSError as e:
+        raise InputError(f"{path}: cannot read it ({e.strerror or e})") from e
+
+
+def parse_json(data: bytes, name: str) -> object:
+    def constant(text):
+        raise ValueError(f"{text} is not JSON")
+
+    def unique(pairs):
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a key is repeated")
+        return result
+
+    try:
+        return json.loads(data.decode(), parse_constant=constant, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as e:  # a decode error is a ValueError too
+        raise InputError(f"{name}: not valid JSON ({' '.join(str(e).split())[:100]})") from None
