@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_hla.devices import on_gpu
 from mlx_hla.errors import InputError
+from mlx_hla.losses import finite
 from mlx_hla.models.config import ModelConfig
 from mlx_hla.models.lm import LanguageModel
 from mlx_hla.settings import parse_json
@@ -38,8 +39,10 @@ _FLOATS = ("F32", "F16", "BF16")
 def save(folder: str | Path, model: LanguageModel, tokenizer: Tokenizer, dtype: mx.Dtype = mx.bfloat16):
     """Write the model; each file appears whole or not at all, the weights last."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = dict(tree_flatten(tree_map(lambda a: a.astype(dtype), model.parameters())))
+    if not finite(weights):
+        raise InputError(f"{folder}: the weights hold NaN or infinity as {dtype}: not saved")
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / TOKENIZER, tokenizer.save)
     write_atomic(folder / CONFIG, lambda path: path.write_text(model.config.to_json()))
     write_atomic(folder / WEIGHTS, lambda path: mx.save_safetensors(str(path), weights, {"format": "mlx"}))
@@ -67,8 +70,7 @@ def load(folder: str | Path | None = None, dtype: mx.Dtype | None = None) -> tup
         dtype = mx.float32
     if dtype is not None:
         weights = {name: a.astype(dtype) for name, a in weights.items()}
-    finite = mx.stack([mx.isfinite(a).all() for a in weights.values()]).all()
-    if not finite.item():
+    if not finite(weights):
         raise InputError(f"{folder / WEIGHTS}: holds NaN or infinity")
     model.update(tree_unflatten(list(weights.items())))
     mx.eval(model.parameters())

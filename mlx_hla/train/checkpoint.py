@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_hla.errors import InputError
+from mlx_hla.losses import finite
 from mlx_hla.models import LanguageModel, ModelConfig
 from mlx_hla.models.io import CONFIG, TOKENIZER, load_tensors, write_atomic
 from mlx_hla.settings import read_json
@@ -39,6 +40,8 @@ def save_checkpoint(out: Path, step: int, trainer: Trainer, model_config, tokeni
     final = out / f"checkpoint-{step:08d}"
     if final.exists():
         return final  # a run resumed and stopped again before its first step
+    if not finite((trainer.params, trainer.state)):
+        raise InputError(f"step {step}: the weights hold NaN or infinity: not saved; {last_good(out)}")
     folder = out / f".{uuid.uuid4().hex[:8]}.checkpoint"
     folder.mkdir(parents=True)
     try:
@@ -62,6 +65,12 @@ def find_checkpoints(out: Path) -> list[Path]:
     if not out.is_dir():
         return []
     return sorted(p for p in out.iterdir() if _NAME.fullmatch(p.name) and p.is_dir())
+
+
+def last_good(out: Path) -> str:
+    """Where a run that failed can go on from, in words."""
+    found = find_checkpoints(out)
+    return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
 
 def load_checkpoint(out: Path) -> Checkpoint:
@@ -89,4 +98,6 @@ def load_checkpoint(out: Path) -> Checkpoint:
 def _load(path: Path, like: dict, dtypes: tuple[str, ...]) -> dict:
     flat = tree_flatten(like)
     tensors = load_tensors(path, {name: a.shape for name, a in flat}, dtypes)
+    if not finite(tensors):
+        raise InputError(f"{path}: holds NaN or infinity: a run that diverged cannot go on from it")
     return tree_unflatten([(name, tensors[name].astype(a.dtype)) for name, a in flat])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import signal
 import threading
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from mlx_hla.losses import Scorer
 from mlx_hla.models import LanguageModel, ModelConfig, save
 from mlx_hla.models.io import CONFIG, WEIGHTS
 from mlx_hla.tokenizer import Tokenizer, train_tokenizer
-from mlx_hla.train.checkpoint import Checkpoint, find_checkpoints, load_checkpoint, save_checkpoint
+from mlx_hla.train.checkpoint import Checkpoint, find_checkpoints, last_good, load_checkpoint, save_checkpoint
 from mlx_hla.train.presets import TrainConfig
 from mlx_hla.train.report import Report, require
 from mlx_hla.train.step import Trainer
@@ -131,18 +132,27 @@ def _run(run: Checkpoint, corpus: data.Corpus) -> Result:
 def _steps(run, batches, scorer, report, corpus, stopping) -> tuple[int, float | None]:
     """Train until the end or a signal; returns the steps taken and the last validation's result."""
     settings, trainer = run.settings, run.trainer
-    A = settings.accumulate
+    out, A = Path(settings.out), settings.accumulate
     valid, pending, step = None, None, run.step
 
     def write_down():
         if pending is not None:
-            number, loss, norm = pending
-            report.step(number + 1, loss.item(), norm.item(), settings.learning_rate(number))
+            number, loss, norm = pending[0], pending[1].item(), pending[2].item()
+            rate = settings.learning_rate(number)
+            check(number + 1, ("loss", loss), ("gradient norm", norm), rate=rate)
+            report.step(number + 1, loss, norm, rate)
+
+    def check(number, *values, rate):
+        for name, value in values:
+            if not math.isfinite(value):
+                report.event("diverged", step=number, what=name, lr=rate)
+                raise InputError(
+                    f"the run diverged: at step {number} the {name} is {value}, at a learning rate of "
+                    f"{rate:.3g}; {last_good(out)}. Begin again with a lower --lr or a longer --warmup"
+                )
 
     def keep():
-        return save_checkpoint(
-            Path(settings.out), step, trainer, run.model.config, run.tokenizer, corpus.digest
-        )
+        return save_checkpoint(out, step, trainer, run.model.config, run.tokenizer, corpus.digest)
 
     while step < settings.steps and not stopping.is_set():
         loss, norm = trainer.step(step, [batches[step * A + i] for i in range(A)])
@@ -155,6 +165,7 @@ def _steps(run, batches, scorer, report, corpus, stopping) -> tuple[int, float |
             pending = None
             with report.pause():
                 valid = scorer(trainer.params)
+            check(step, ("validation loss", valid), rate=settings.learning_rate(step - 1))
             report.validated(step, valid)
         if step % settings.save_every == 0 or last:
             write_down()

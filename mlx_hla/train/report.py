@@ -37,7 +37,7 @@ class Report:
         # Written anew with what is kept: the steps beyond the checkpoint will be taken again.
         self._file = self._path.open("w", encoding="utf-8")
         for event in self._events:
-            self._file.write(json.dumps(event) + "\n")
+            self._file.write(json.dumps(event, allow_nan=False) + "\n")
         self._steps, self._tokens, self._every = steps, tokens_per_step, log_every
         self._bar = None
         if sys.stderr.isatty():
@@ -49,7 +49,7 @@ class Report:
     def event(self, kind: str, **values) -> None:
         event = {"event": kind, **values}
         self._events.append(event)
-        self._file.write(json.dumps(event) + "\n")
+        self._file.write(json.dumps(event, allow_nan=False) + "\n")
         if kind != "step":
             self._file.flush()
 
