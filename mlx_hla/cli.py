@@ -18,6 +18,8 @@ from typing import NamedTuple
 from mlx_hla import __version__
 from mlx_hla.errors import InputError
 
+MAX_PROMPT_BYTES = 1 << 24
+
 
 class Command(NamedTuple):
     """A subcommand. Another one is another row of COMMANDS."""
@@ -126,7 +128,10 @@ def _read_prompt(prompt: str | None) -> str:
         raise InputError("no prompt: give --prompt TEXT, or text on stdin")
     if prompt is None or prompt == "-":
         try:
-            prompt = sys.stdin.buffer.read().decode()
+            data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+            if len(data) > MAX_PROMPT_BYTES:
+                raise InputError(f"the prompt on stdin is larger than {MAX_PROMPT_BYTES} bytes")
+            prompt = data.decode()
         except UnicodeDecodeError as e:
             raise InputError(f"the prompt on stdin is no UTF-8 (byte {e.start})") from None
     if not prompt:

@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_hla.errors import InputError
+from mlx_hla.files import read_bytes
 from mlx_hla.tokenizer import Tokenizer
 
 # Never part of a corpus, wherever it is. Tests are left out: they would be a third of the library.
@@ -74,10 +75,14 @@ def load_corpus(
     for key, file in sorted((_hash(_relative(f, root)), f) for f in files):
         if max_bytes is not None and total >= max_bytes:
             break
-        text = _read(file)
-        if text is None:
+        try:
+            text = _read(file)
+        except InputError:
+            if file == root:
+                raise
             skipped += 1
-        elif text.strip() and text not in seen:
+            continue
+        if text.strip() and text not in seen:
             seen.add(text)
             total += len(text.encode())
             # The side must not follow from the order, so it uses other bytes of the hash.
@@ -110,13 +115,11 @@ def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
 
 
-def _read(file: Path) -> str | None:
+def _read(file: Path) -> str:
     try:
-        if file.stat().st_size > MAX_FILE_BYTES:
-            return None
-        text = file.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError):
-        return None
+        text = read_bytes(file, MAX_FILE_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{file}: no UTF-8 (byte {e.start})") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

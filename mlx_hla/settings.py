@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlx_hla.errors import InputError
+from mlx_hla.files import read_bytes
 
 MAX_JSON_BYTES = 1 << 20
 T = TypeVar("T")
@@ -59,13 +60,7 @@ def from_dict(cls: type[T], values: object, name: str) -> T:
 
 def read_json(path: str | Path) -> object:
     """Parse a small JSON file, strictly: no NaN, no repeated keys, no bomb."""
-    path = Path(path)
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(f"{path}: larger than {MAX_JSON_BYTES} bytes")
-        return parse_json(path.read_bytes(), str(path))
-    except OSError as e:
-        raise InputError(f"{path}: cannot read it ({e.strerror or e})") from e
+    return parse_json(read_bytes(path, MAX_JSON_BYTES), str(path))
 
 
 def parse_json(data: bytes, name: str) -> object:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mlx_hla.errors import InputError
+from mlx_hla.files import read_bytes
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
 MAX_MODEL_BYTES = 16 * 2**20
@@ -101,14 +102,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        path = Path(path)
-        try:
-            if path.stat().st_size > MAX_MODEL_BYTES:
-                raise InputError(f"{path}: too large for a SentencePiece model")
-            proto = path.read_bytes()
-        except OSError as e:
-            raise InputError(f"{path}: cannot read the tokenizer ({e.strerror or e})") from e
-        return cls(proto, str(path))
+        return cls(read_bytes(path, MAX_MODEL_BYTES), str(path))
 
 
 class Detokenizer:

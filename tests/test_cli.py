@@ -174,7 +174,7 @@ def test_train_eval_info(capsys, corpus, tmp_path):
         (["train", "--operator", "hla9"], "operator must be"),
         (["train", "--lr", "nan"], "lr must be finite"),
         (["train", "--preset", "huge"], "invalid choice"),
-        (["train", "--tokenizer", "/nonexistent"], "cannot read the tokenizer"),
+        (["train", "--tokenizer", "/nonexistent"], "/nonexistent: cannot read it"),
         (["train", "--resume", "--out", "/nonexistent"], "no checkpoint to resume"),
         (["train", "--resume", "--lr", "1"], "leave out --lr"),
         (["eval", "--model", "/nonexistent"], "no such model folder"),

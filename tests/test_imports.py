@@ -15,7 +15,7 @@ ROOT = Path(mlx_hla.__file__).parent
 
 # A part imports from lower floors, or from its own where ACROSS says so.
 RANKS = [
-    {"errors", "settings", "devices", "losses", "monoid"},
+    {"errors", "files", "settings", "devices", "losses", "monoid"},
     {"kernels", "tokenizer", "reference", "sampling"},
     {"ops", "data"},
     {"nn"},
@@ -24,7 +24,9 @@ RANKS = [
     {"cli", "__main__"},
 ]
 ACROSS = {
+    ("files", "errors"),
     ("settings", "errors"),
+    ("settings", "files"),
     ("losses", "errors"),
     ("losses", "devices"),
     ("evaluate", "generate"),

@@ -12,14 +12,16 @@ import struct
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_hla.devices import on_gpu
 from mlx_hla.errors import InputError
+from mlx_hla.files import open_regular, unchanged
 from mlx_hla.losses import finite
-from mlx_hla.models.config import ModelConfig
+from mlx_hla.models.config import MAX_PARAMETERS, ModelConfig
 from mlx_hla.models.lm import LanguageModel
 from mlx_hla.settings import parse_json
 from mlx_hla.tokenizer import Tokenizer
@@ -27,6 +29,9 @@ from mlx_hla.tokenizer import Tokenizer
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
 MAX_HEADER_BYTES = 16 * 2**20
+MAX_WEIGHTS_BYTES = (
+    MAX_HEADER_BYTES + 8 + 8 * MAX_PARAMETERS * 11 // 10
+)  # float32, and two moments of an optimizer
 DTYPES = {
     "F32": (mx.float32, 4),
     "F16": (mx.float16, 2),
@@ -34,6 +39,7 @@ DTYPES = {
     "U64": (mx.uint64, 8),
 }
 _FLOATS = ("F32", "F16", "BF16")
+Header = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
 
 
 def save(folder: str | Path, model: LanguageModel, tokenizer: Tokenizer, dtype: mx.Dtype = mx.bfloat16):
@@ -81,8 +87,22 @@ def load_tensors(
     path: str | Path, expected: dict[str, tuple[int, ...]], dtypes=_FLOATS
 ) -> dict[str, mx.array]:
     """The tensors of a safetensors file that holds exactly the `expected` names and shapes."""
-    path = Path(path)
-    header = read_header(path)
+    with open_regular(path, MAX_WEIGHTS_BYTES) as file:
+        still = unchanged(file)
+        _check_header(path, _read_header(file, path), expected, dtypes)
+        file.seek(0)
+        try:
+            # From the file that was checked: its path may lead elsewhere by now.
+            tensors = mx.load(file, format="safetensors")
+            mx.eval(tensors)
+        except (RuntimeError, ValueError) as e:
+            raise InputError(f"{path}: cannot be read ({' '.join(str(e).split())[:200]})") from e
+        if not still():
+            raise InputError(f"{path}: was written to while it was read")
+    return tensors
+
+
+def _check_header(path: str | Path, header: Header, expected, dtypes) -> None:
     for kind, names in (("missing", set(expected) - set(header)), ("unknown", set(header) - set(expected))):
         if names:
             shown = ", ".join(sorted(n[:60] for n in names)[:3])
@@ -92,28 +112,21 @@ def load_tensors(
             raise InputError(f"{path}: {name} has the shape {shape}, expected {tuple(expected[name])}")
         if dtype not in dtypes:
             raise InputError(f"{path}: {name} has the dtype {dtype}, expected one of {', '.join(dtypes)}")
-    try:
-        tensors = mx.load(str(path), format="safetensors")
-        mx.eval(tensors)
-    except (RuntimeError, ValueError, OSError) as e:
-        raise InputError(f"{path}: cannot be read ({' '.join(str(e).split())[:200]})") from e
-    return tensors
 
 
-def read_header(path: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+def read_header(path: str | Path) -> Header:
     """name -> (dtype, shape) of a safetensors file, whose data must follow without gap or overlap."""
-    path = Path(path)
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise InputError(f"{path}: not a safetensors file, or cut short")
-            raw = file.read(length)
-    except OSError as e:
-        raise InputError(f"{path}: cannot read the weights ({e.strerror or e})") from e
-    header = parse_json(raw, f"{path} (header)")
+    with open_regular(path, MAX_WEIGHTS_BYTES) as file:
+        return _read_header(file, path)
+
+
+def _read_header(file: BinaryIO, path: str | Path) -> Header:
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        raise InputError(f"{path}: not a safetensors file, or cut short")
+    header = parse_json(file.read(length), f"{path} (header)")
     if not isinstance(header, dict):
         raise InputError(f"{path}: the header is no JSON object")
     header.pop("__metadata__", None)
@@ -131,7 +144,7 @@ def read_header(path: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return entries
 
 
-def _read_entry(path: Path, name: str, entry: object):
+def _read_entry(path: str | Path, name: str, entry: object):
     def natural(values, count=None):
         return (
             isinstance(values, list)

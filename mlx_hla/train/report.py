@@ -12,7 +12,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_hla.errors import InputError
+from mlx_hla.files import read_bytes
 
+MAX_LOG_BYTES = 1 << 28
 LOG, PICTURE = "log.jsonl", "loss.png"
 
 
@@ -111,7 +113,7 @@ def _kept(path: Path, start: int) -> list[dict]:
     if start == 0 or not path.exists():
         return []
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_bytes(path, MAX_LOG_BYTES).decode("utf-8", errors="replace").splitlines():
         try:
             event = json.loads(line)
         except ValueError:
