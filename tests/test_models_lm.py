@@ -115,6 +115,37 @@ def test_wrong_tokens_are_refused(shape):
         build()(mx.zeros(shape, mx.int32))
 
 
+@pytest.mark.parametrize("operator", ["hla2", "softmax"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        mx.array([[1, 50]]),
+        mx.array([[-1, 3]]),
+        mx.array([[2**31 - 1]]),
+        mx.array([[2**40]], mx.int64),
+        mx.full((1, 1), 2**32 + 3, mx.uint64),
+        mx.array([[1.0]]),
+        mx.array([[True]]),
+        [[1, 2]],
+    ],
+    ids=range(8),
+)
+def test_ids_without_a_row_are_refused(operator, bad):
+    model = build(operator=operator)
+    said = r"\[LanguageModel\] tokens must be (from 0 to 49|an array of integers)"
+    with pytest.raises(ValueError, match=said):
+        model(bad)
+    with pytest.raises(ValueError, match=said):
+        model(bad, model.make_cache())
+    assert model(mx.array([[0, 49]], mx.uint8)).shape == (1, 2, 50)
+
+
+def test_a_compiled_model_still_runs():
+    model = build()
+    tokens = some_tokens(1, 5)
+    assert mx.allclose(mx.compile(model)(tokens), model(tokens), atol=1e-5)
+
+
 def test_weights_follow_from_the_seed():
     def flat(seed):
         return dict(tree_flatten(LanguageModel(ModelConfig(**SMALL), seed).parameters()))

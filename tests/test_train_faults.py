@@ -11,6 +11,7 @@ from mlx_hla import cli
 from mlx_hla.errors import InputError
 from mlx_hla.losses import finite
 from mlx_hla.models import LanguageModel, ModelConfig, load, save
+from mlx_hla.tokenizer import train_tokenizer
 from mlx_hla.train import loop, preset, resume, train
 from mlx_hla.train.checkpoint import find_checkpoints
 from mlx_hla.train.step import Trainer
@@ -133,6 +134,16 @@ def test_resume_refuses_weights_that_are_not_finite(whole, tmp_path):
         with pytest.raises(InputError, match=f"{name}: holds NaN"):
             resume(out)
         path.write_bytes(content)
+
+
+def test_resume_refuses_a_tokenizer_with_more_tokens_than_the_model(whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    train_tokenizer(["def f(x):\n    return x + 1\nimport os\n" * 30], 390).save(
+        find_checkpoints(out)[0] / "tokenizer.model"
+    )
+    with pytest.raises(InputError, match=r"tokenizer\.model: has 390 tokens, the config says 380"):
+        resume(out)
 
 
 def test_a_model_that_is_not_finite_is_not_saved(whole, tmp_path):

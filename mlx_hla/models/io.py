@@ -29,9 +29,7 @@ from mlx_hla.tokenizer import Tokenizer
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
 MAX_HEADER_BYTES = 16 * 2**20
-MAX_WEIGHTS_BYTES = (
-    MAX_HEADER_BYTES + 8 + 8 * MAX_PARAMETERS * 11 // 10
-)  # float32, and two moments of an optimizer
+MAX_WEIGHTS_BYTES = 9 * MAX_PARAMETERS  # an optimizer's two float32 moments, and a header
 DTYPES = {
     "F32": (mx.float32, 4),
     "F16": (mx.float16, 2),
@@ -65,10 +63,7 @@ def load(folder: str | Path | None = None, dtype: mx.Dtype | None = None) -> tup
         raise InputError(f"{folder}: {what} with {CONFIG}, {WEIGHTS} and {TOKENIZER}")
     config = ModelConfig.load(folder / CONFIG)
     tokenizer = Tokenizer.load(folder / TOKENIZER)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise InputError(
-            f"{folder / TOKENIZER}: has {tokenizer.vocab_size} tokens, the config says {config.vocab_size}"
-        )
+    check_vocabulary(config, tokenizer, folder / TOKENIZER)
     model = LanguageModel(config)  # lazy: no weight of it is ever computed
     expected = {name: a.shape for name, a in tree_flatten(model.parameters())}
     weights = load_tensors(folder / WEIGHTS, expected)
@@ -81,6 +76,12 @@ def load(folder: str | Path | None = None, dtype: mx.Dtype | None = None) -> tup
     model.update(tree_unflatten(list(weights.items())))
     mx.eval(model.parameters())
     return model, tokenizer
+
+
+def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, path: Path) -> None:
+    """A token beyond the embedding is a read out of bounds, a row beyond the tokens has no text."""
+    if tokenizer.vocab_size != config.vocab_size:
+        raise InputError(f"{path}: has {tokenizer.vocab_size} tokens, the config says {config.vocab_size}")
 
 
 def load_tensors(

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_hla.errors import InputError
 from mlx_hla.losses import lent
 from mlx_hla.models.config import ModelConfig
 from mlx_hla.models.softmax import SoftmaxAttention
@@ -90,6 +91,21 @@ def _dropout(x: mx.array, rate: float, key: mx.array) -> mx.array:
     return mx.where(keep, x * (1 / (1 - rate)), 0).astype(x.dtype)
 
 
+def check_tokens(name: str, tokens: mx.array, vocab_size: int) -> None:
+    """Refuse ids without a row in the embedding: to read beyond it can end the process."""
+    if not isinstance(tokens, mx.array) or not mx.issubdtype(tokens.dtype, mx.integer):
+        got = tokens.dtype if isinstance(tokens, mx.array) else type(tokens).__name__
+        raise InputError(f"{name} must be an array of integers, got {got}")
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise InputError(f"{name} must be [B, T] with B, T >= 1, got {tokens.shape}")
+    try:
+        low, high = tokens.min().item(), tokens.max().item()
+    except ValueError:  # traced: there is nothing to see
+        return
+    if low < 0 or high >= vocab_size:
+        raise InputError(f"{name} must be from 0 to {vocab_size - 1}, got {low if low < 0 else high}")
+
+
 class LanguageModel(nn.Module):
     """Tokens to logits of the next token. Fresh weights depend on the config and `seed` alone."""
 
@@ -112,22 +128,27 @@ class LanguageModel(nn.Module):
         key: mx.array | None = None,
         checkpoint: bool = False,
     ) -> mx.array:
-        """tokens [B, T] to logits [B, T, V].
+        """tokens [B, T], from 0 to V - 1, to logits [B, T, V].
+
+        Other ids are refused, for which the tokens must have been computed: a loop that wants to draw one
+        token while it computes the next calls `logits`, and vouches for them. In a compiled or mapped
+        function ids cannot be looked at, and are the caller's to check.
 
         cache: from `make_cache`, updated in place. mask, segment_ids: [B, T], as the mixer takes them.
         For training: `dropout` after every mixer and MLP, drawn from `key` and from nothing else; with
         `checkpoint` a block keeps its input only and is computed again in the backward pass.
         """
-        return self.embedding.as_linear(
-            self.features(tokens, cache, mask, segment_ids, dropout=dropout, key=key, checkpoint=checkpoint)
-        )
+        check_tokens("[LanguageModel] tokens", tokens, self.config.vocab_size)
+        return self.logits(tokens, cache, mask, segment_ids, dropout=dropout, key=key, checkpoint=checkpoint)
+
+    def logits(self, tokens: mx.array, *arguments, **options) -> mx.array:
+        """As the call, of ids that are known to be in range."""
+        return self.embedding.as_linear(self.features(tokens, *arguments, **options))
 
     def features(
         self, tokens, cache=None, mask=None, segment_ids=None, *, dropout=0.0, key=None, checkpoint=False
     ) -> mx.array:
-        """What the logits are a linear map of, [B, T, dims]."""
-        if tokens.ndim != 2 or 0 in tokens.shape:
-            raise ValueError(f"[LanguageModel] tokens must be [B, T] with B, T >= 1, got {tokens.shape}")
+        """What the logits are a linear map of, [B, T, dims]; of ids that are known to be in range."""
         if dropout and key is None:
             raise ValueError("[LanguageModel] dropout needs a key")
         x = self.embedding(tokens)

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_hla.errors import InputError
 from mlx_hla.losses import finite
 from mlx_hla.models import LanguageModel, ModelConfig
-from mlx_hla.models.io import CONFIG, TOKENIZER, load_tensors, write_atomic
+from mlx_hla.models.io import CONFIG, TOKENIZER, check_vocabulary, load_tensors, write_atomic
 from mlx_hla.settings import read_json
 from mlx_hla.tokenizer import Tokenizer
 from mlx_hla.train.presets import TrainConfig
@@ -88,6 +88,7 @@ def load_checkpoint(out: Path) -> Checkpoint:
     settings = dataclasses.replace(settings, out=str(out))  # the folder may have been moved
     config = ModelConfig.load(folder / CONFIG)
     tokenizer = Tokenizer.load(folder / TOKENIZER)
+    check_vocabulary(config, tokenizer, folder / TOKENIZER)
     model = LanguageModel(config)
     trainer = Trainer(model, settings)
     trainer.params = _load(folder / WEIGHTS, trainer.params, ("F32",))
