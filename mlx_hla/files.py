@@ -1,7 +1,8 @@
-"""Files that nobody vouches for: only regular ones, only up to a stated size, each opened once.
+"""Files: read with distrust, written whole or not at all.
 
-A device, a pipe or a link to one can hang a reader or fill the memory, and what a check of the path saw need
-not be what a later open gets. So a file is opened first, without waiting, and then asked what it is.
+Only regular files are read, only up to a stated size, each opened once. A device, a pipe or a link to one can
+hang a reader or fill the memory, and what a check of the path saw need not be what a later open gets. So a
+file is opened first, without waiting, and then asked what it is.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -65,3 +67,20 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
         if len(data) > limit:  # it has grown since it was opened
             raise InputError(f"{path}: larger than {limit} bytes")
         return data
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a file beside `path`, bring it to the disk, then put it in place."""
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")
+    try:
+        with temporary.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # MLX writes tensors, and has its own errors
+        reason = getattr(e, "strerror", None) or " ".join(str(e).split())
+        raise InputError(f"{path}: cannot write it ({reason})") from e
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -154,3 +154,109 @@ def test_a_model_that_is_not_finite_is_not_saved(whole, tmp_path):
         save(tmp_path / "half", model, tokenizer, mx.float16)
     assert not (tmp_path / "half").exists()
     assert finite(dict(tree_flatten(LanguageModel(ModelConfig(**MODEL)).parameters())))
+
+
+# --- the log
+
+
+@pytest.mark.parametrize("log_every", [1, 7])
+def test_the_log_on_disk_reaches_every_checkpoint(corpus, tmp_path, monkeypatch, log_every):
+    """A run may be killed at any moment after it has saved."""
+    out, save_checkpoint, seen = tmp_path / "run", loop.save_checkpoint, []
+
+    def look(folder, step, *rest):
+        seen.append((step, [r["step"] for r in rows(out) if r["event"] == "step"]))
+        return save_checkpoint(folder, step, *rest)
+
+    monkeypatch.setattr(loop, "save_checkpoint", look)
+    train(*configs(corpus, out, log_every=log_every, save_every=3, valid_every=100))
+    assert seen == [(step, list(range(1, step + 1))) for step in (3, 6, 9)]
+
+
+def test_resuming_never_leaves_a_shorter_log(whole, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    before = (out / "log.jsonl").read_bytes()
+
+    def killed(*_):
+        assert (out / "log.jsonl").read_bytes() == before
+        raise MemoryError
+
+    monkeypatch.setattr("mlx_hla.files.os.replace", killed)
+    with pytest.raises(MemoryError):
+        resume(out)
+    assert (out / "log.jsonl").read_bytes() == before
+
+
+ODD = [
+    "",
+    "3",
+    "null",
+    "[]",
+    "{}",
+    '{"event": "step"',
+    '{"event": "step", "step": [1], "loss": 1, "grad_norm": 1, "lr": 1}',
+    '{"event": "step", "step": 3, "loss": NaN, "grad_norm": 1, "lr": 1}',
+    '{"event": "step", "step": 3, "loss": "1", "grad_norm": 1, "lr": 1}',
+    '{"event": "step", "step": 3}',
+    '{"event": "valid", "step": 3, "nats_per_byte": null}',
+    '{"event": ["step"], "step": 3}',
+    '{"event": "step", "step": true, "loss": 1, "grad_norm": 1, "lr": 1}',
+    '{"event": "step", "step": "3", "loss": 1, "grad_norm": 1, "lr": 1}',
+    "\udcff\udcfe",
+    "[" * 100_000,
+]
+
+
+def test_odd_lines_of_a_log_are_dropped(whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    good = rows(out)
+    with (out / "log.jsonl").open("ab") as file:
+        file.write("\n".join(ODD).encode("utf-8", "surrogateescape"))
+    assert resume(out).finished
+    assert rows(out)[: len(good)] == good
+    assert [r["event"] for r in rows(out)[len(good) :]] == ["resume", "end"]
+
+
+# --- the folder
+
+
+def remains(out):
+    for name in ("0123abcd.checkpoint", "ffffffff.checkpoint"):
+        (out / f".{name}").mkdir()
+        (out / f".{name}" / "weights.safetensors").write_bytes(b"half")
+    (out / ".01234567.model.safetensors").write_bytes(b"half")
+    (out / ".01234567.log.jsonl").write_bytes(b"half")
+    for mine in (".notes", ".0123abcd.mine", ".0123abcde.checkpoint"):
+        (out / mine).write_text("stays")
+
+
+def test_what_a_killed_run_left_half_written_is_swept(corpus, whole, tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(whole, old)
+    new.mkdir()
+    remains(old)
+    remains(new)
+    assert resume(old).finished
+    assert train(*configs(corpus, new, steps=2)).finished
+    for out in (old, new):
+        hidden = sorted(p.name for p in out.iterdir() if p.name.startswith("."))
+        assert hidden == [".0123abcd.mine", ".0123abcde.checkpoint", ".notes"]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(corpus, whole, tmp_path, monkeypatch):
+    out, step, refused = tmp_path / "run", Trainer.step, []
+
+    def second(self, number, *rest):
+        if number in (0, 4):
+            with pytest.raises(InputError, match="another run is at work") as e:
+                (train if number == 0 else lambda *_: resume(out))(*configs(corpus, out))
+            refused.append(str(e.value))
+        return step(self, number, *rest)
+
+    monkeypatch.setattr(Trainer, "step", second)
+    assert train(*configs(corpus, out)).finished
+    assert len(refused) == 2
+    assert [p.name for p in find_checkpoints(out)] == ["checkpoint-00000009"]
+    assert resume(out).finished

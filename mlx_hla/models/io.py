@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 import struct
-import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +17,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_hla.devices import on_gpu
 from mlx_hla.errors import InputError
-from mlx_hla.files import open_regular, unchanged
+from mlx_hla.files import open_regular, unchanged, write_atomic
 from mlx_hla.losses import finite
 from mlx_hla.models.config import MAX_PARAMETERS, ModelConfig
 from mlx_hla.models.lm import LanguageModel
@@ -47,9 +45,9 @@ def save(folder: str | Path, model: LanguageModel, tokenizer: Tokenizer, dtype: 
     if not finite(weights):
         raise InputError(f"{folder}: the weights hold NaN or infinity as {dtype}: not saved")
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / TOKENIZER, tokenizer.save)
-    write_atomic(folder / CONFIG, lambda path: path.write_text(model.config.to_json()))
-    write_atomic(folder / WEIGHTS, lambda path: mx.save_safetensors(str(path), weights, {"format": "mlx"}))
+    write_atomic(folder / TOKENIZER, lambda file: file.write(tokenizer.proto))
+    write_atomic(folder / CONFIG, lambda file: file.write(model.config.to_json().encode()))
+    write_atomic(folder / WEIGHTS, lambda file: mx.save_safetensors(file, weights, {"format": "mlx"}))
 
 
 def load(folder: str | Path | None = None, dtype: mx.Dtype | None = None) -> tuple[LanguageModel, Tokenizer]:
@@ -163,16 +161,3 @@ def _read_entry(path: str | Path, name: str, entry: object):
     if offsets[1] - offsets[0] != count * DTYPES[dtype][1]:
         raise InputError(f"{path}: the entry of {name[:60]} contradicts itself: {dtype} {shape} at {offsets}")
     return (dtype, tuple(shape)), tuple(offsets)
-
-
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, bring it to the disk, then put it in place."""
-    # MLX adds the suffix where it is missing, so the temporary name keeps it.
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

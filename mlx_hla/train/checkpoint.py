@@ -6,19 +6,21 @@ import dataclasses
 import json
 import re
 import shutil
-import uuid
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_hla.errors import InputError
+from mlx_hla.files import write_atomic
 from mlx_hla.losses import finite
 from mlx_hla.models import LanguageModel, ModelConfig
-from mlx_hla.models.io import CONFIG, TOKENIZER, check_vocabulary, load_tensors, write_atomic
+from mlx_hla.models.io import CONFIG, TOKENIZER, check_vocabulary, load_tensors
 from mlx_hla.settings import read_json
 from mlx_hla.tokenizer import Tokenizer
+from mlx_hla.train.folder import new_folder
 from mlx_hla.train.presets import TrainConfig
 from mlx_hla.train.step import Trainer
 
@@ -42,15 +44,17 @@ def save_checkpoint(out: Path, step: int, trainer: Trainer, model_config, tokeni
         return final  # a run resumed and stopped again before its first step
     if not finite((trainer.params, trainer.state)):
         raise InputError(f"step {step}: the weights hold NaN or infinity: not saved; {last_good(out)}")
-    folder = out / f".{uuid.uuid4().hex[:8]}.checkpoint"
-    folder.mkdir(parents=True)
+    progress = {"step": step, "corpus": corpus, "settings": dataclasses.asdict(trainer.settings)}
+    folder = new_folder(out)
     try:
-        progress = {"step": step, "corpus": corpus, "settings": dataclasses.asdict(trainer.settings)}
-        write_atomic(folder / TOKENIZER, tokenizer.save)
-        write_atomic(folder / CONFIG, lambda p: p.write_text(model_config.to_json()))
-        write_atomic(folder / PROGRESS, lambda p: p.write_text(json.dumps(progress, indent=2) + "\n"))
+        for name, data in (
+            (TOKENIZER, tokenizer.proto),
+            (CONFIG, model_config.to_json().encode()),
+            (PROGRESS, (json.dumps(progress, indent=2) + "\n").encode()),
+        ):
+            write_atomic(folder / name, partial(_write, data=data))
         for name, tree in ((WEIGHTS, trainer.params), (OPTIMIZER, trainer.state)):
-            write_atomic(folder / name, lambda p, t=tree: mx.save_safetensors(str(p), dict(tree_flatten(t))))
+            write_atomic(folder / name, partial(mx.save_safetensors, arrays=dict(tree_flatten(tree))))
         folder.rename(final)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -58,6 +62,10 @@ def save_checkpoint(out: Path, step: int, trainer: Trainer, model_config, tokeni
         if other != final:
             shutil.rmtree(other, ignore_errors=True)
     return final
+
+
+def _write(file: BinaryIO, data: bytes) -> None:
+    file.write(data)
 
 
 def find_checkpoints(out: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from mlx_hla.models import LanguageModel, ModelConfig, save
 from mlx_hla.models.io import CONFIG, WEIGHTS
 from mlx_hla.tokenizer import Tokenizer, train_tokenizer
 from mlx_hla.train.checkpoint import Checkpoint, find_checkpoints, last_good, load_checkpoint, save_checkpoint
+from mlx_hla.train.folder import held
 from mlx_hla.train.presets import TrainConfig
 from mlx_hla.train.report import Report, require
 from mlx_hla.train.step import Trainer
@@ -37,28 +38,37 @@ def train(config: ModelConfig, settings: TrainConfig) -> Result:
     """Train a fresh model. Refuses a folder that holds a run already."""
     _check_extra()
     out = Path(settings.out)
-    if find_checkpoints(out) or (out / CONFIG).exists():
-        raise InputError(f"{out}: holds a run already; choose another --out, or --resume it")
+    _check_fresh(out)
     corpus = _read_corpus(settings)
     if settings.tokenizer is not None:
         tokenizer = Tokenizer.load(settings.tokenizer)
         config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     else:
         tokenizer = train_tokenizer(corpus.train, config.vocab_size)
-    out.mkdir(parents=True, exist_ok=True)
     model = LanguageModel(config, settings.seed)
     trainer = Trainer(model, settings)
-    return _run(Checkpoint(0, settings, model, tokenizer, trainer, corpus.digest), corpus)
+    with held(out):
+        _check_fresh(out)  # another run may have come and gone while this one read
+        return _run(Checkpoint(0, settings, model, tokenizer, trainer, corpus.digest), corpus)
 
 
 def resume(out: str | Path) -> Result:
     """Go on with the run in `out` from its last checkpoint, with the settings that it has."""
     _check_extra()
-    saved = load_checkpoint(Path(out))
-    corpus = _read_corpus(saved.settings)
-    if corpus.digest != saved.corpus:
-        raise InputError(f"{out}: the corpus ({corpus.name}) is not the one that the run began with")
-    return _run(saved, corpus)
+    out = Path(out)
+    if not find_checkpoints(out):
+        raise InputError(f"{out}: no checkpoint to resume from")
+    with held(out):
+        saved = load_checkpoint(out)
+        corpus = _read_corpus(saved.settings)
+        if corpus.digest != saved.corpus:
+            raise InputError(f"{out}: the corpus ({corpus.name}) is not the one that the run began with")
+        return _run(saved, corpus)
+
+
+def _check_fresh(out: Path) -> None:
+    if find_checkpoints(out) or (out / CONFIG).exists():
+        raise InputError(f"{out}: holds a run already; choose another --out, or --resume it")
 
 
 def _check_extra() -> None:
@@ -152,6 +162,7 @@ def _steps(run, batches, scorer, report, corpus, stopping) -> tuple[int, float |
                 )
 
     def keep():
+        report.flush()  # a run that is killed later goes on from here, and must find the log up to here
         return save_checkpoint(out, step, trainer, run.model.config, run.tokenizer, corpus.digest)
 
     while step < settings.steps and not stopping.is_set():
