@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import operator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +42,20 @@ def check_types(settings: Any) -> None:
             raise InputError(f"{field.name} must be {kind}, got {repr(value)[:60]}")
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{field.name} must be finite, got {value}")
+
+
+def check_whole(name: str, value: Any, least: float, most: float = math.inf) -> int:
+    """`value` as an int, or an error: True, 1.5 and NaN are no whole numbers."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        whole = operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} must be a whole number, got {repr(value)[:60]}") from None
+    if not least <= whole <= most:
+        bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise InputError(f"{name} must be {bounds}, got {repr(value)[:60]}")
+    return whole
 
 
 def from_dict(cls: type[T], values: object, name: str) -> T:

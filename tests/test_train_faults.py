@@ -1,5 +1,6 @@
 """What goes wrong in a run: it stops in one line, and what was saved stays good."""
 
+import dataclasses
 import json
 import shutil
 
@@ -154,6 +155,19 @@ def test_a_model_that_is_not_finite_is_not_saved(whole, tmp_path):
         save(tmp_path / "half", model, tokenizer, mx.float16)
     assert not (tmp_path / "half").exists()
     assert finite(dict(tree_flatten(LanguageModel(ModelConfig(**MODEL)).parameters())))
+
+
+# --- a small corpus
+
+
+def test_a_small_corpus_gives_a_small_vocabulary_and_says_so(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("".join(f"hello {i}\n" for i in range(40)))
+    out = tmp_path / "run"
+    model, settings = configs(tmp_path / "notes.txt", out, steps=1)
+    assert train(dataclasses.replace(model, vocab_size=4096), settings).finished
+    config = load(out)[0].config
+    assert 363 <= config.vocab_size < 4096
+    assert f"gives {config.vocab_size} tokens: vocab_size is that, and not 4096" in capsys.readouterr().out
 
 
 # --- the log

@@ -45,6 +45,13 @@ def train(config: ModelConfig, settings: TrainConfig) -> Result:
         config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     else:
         tokenizer = train_tokenizer(corpus.train, config.vocab_size)
+        if tokenizer.vocab_size < config.vocab_size:
+            print(
+                f"a corpus of this size gives {tokenizer.vocab_size} tokens: vocab_size is that, "
+                f"and not {config.vocab_size}",
+                flush=True,
+            )
+        config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     model = LanguageModel(config, settings.seed)
     trainer = Trainer(model, settings)
     with held(out):
