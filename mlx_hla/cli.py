@@ -180,6 +180,7 @@ def _eval_arguments(parser):
     add = parser.add_argument
     add("--model", help="folder of a model; by default the one that ships with the package")
     add("--data", help="folder or file of text; by default the Python standard library")
+    add("--suffix", help="read the files of a folder that end so, as .swift,.h")
     add("--valid-fraction", type=float, default=0.05, help="share of the files that validate, as in training")
     add("--batch-size", type=int, default=8, help="windows at a time")
     add("--valid-batches", type=int, default=0, help="batches at most; 0: all of the validation text")
@@ -201,7 +202,7 @@ def _eval(args) -> int:
             raise InputError(f"{name} must be at least {least}, got {getattr(args, name)}")
     sampling = Sampling(**{"seed": 0, **given(args, Sampling)})
     model, tokenizer = load(args.model)
-    corpus = data.load_corpus(args.data, args.valid_fraction)
+    corpus = data.load_corpus(args.data, args.valid_fraction, suffix=args.suffix)
     scorer = evaluate.Scorer(
         model,
         data.encode_texts(tokenizer, corpus.valid),

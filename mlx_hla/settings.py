@@ -44,6 +44,13 @@ def check_types(settings: Any) -> None:
             raise InputError(f"{field.name} must be finite, got {value}")
 
 
+def check_number(name: str, value: Any) -> float:
+    """`value`, or an error unless it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"{name} must be a finite number, got {repr(value)[:60]}")
+    return value
+
+
 def check_whole(name: str, value: Any, least: float, most: float = math.inf) -> int:
     """`value` as an int, or an error: True, 1.5 and NaN are no whole numbers."""
     try:

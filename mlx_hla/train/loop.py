@@ -85,7 +85,7 @@ def _check_extra() -> None:
 
 
 def _read_corpus(settings: TrainConfig) -> data.Corpus:
-    corpus = data.load_corpus(settings.data, settings.valid_fraction, settings.max_bytes)
+    corpus = data.load_corpus(settings.data, settings.valid_fraction, settings.max_bytes, settings.suffix)
     print(corpus.describe(), flush=True)
     return corpus
 

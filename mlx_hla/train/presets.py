@@ -20,6 +20,7 @@ class TrainConfig:
     out: str = option("runs/small", "folder for the model, checkpoints, log and picture")
     data: str | None = option(None, "folder or file of text; none: the Python standard library")
     tokenizer: str | None = option(None, "a tokenizer.model; none: learn one from the corpus")
+    suffix: str | None = option(None, "read files that end so, as .swift,.h; none: Python, prose, .jsonl")
     max_bytes: int | None = option(None, "read no more of the corpus than this")
     valid_fraction: float = option(0.05, "share of the files that validate")
     seed: int = option(0, "of weights, batches and dropout")
