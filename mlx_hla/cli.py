@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from mlx_hla import __version__
-from mlx_hla.errors import InputError
+from mlx_hla.errors import InputError, about_import
 
 MAX_PROMPT_BYTES = 1 << 24
 
@@ -335,12 +335,12 @@ def make_parser(chosen: str | None = None) -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    chosen = next((a for a in argv if not a.startswith("-")), None)
-    args = make_parser(chosen).parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no error
     try:
+        chosen = next((a for a in argv if not a.startswith("-")), None)
+        args = make_parser(chosen).parse_args(argv)
         status = COMMANDS[args.command].run(args)
         sys.stdout.flush()
         return status
@@ -353,7 +353,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as e:
         if os.environ.get("MLX_HLA_DEBUG"):
             raise
-        kind = "" if isinstance(e, InputError | OSError) else f"{type(e).__name__}: "
-        message, status = kind + (" ".join(str(e).split()) or type(e).__name__), 1
+        kind = "" if isinstance(e, InputError | OSError | ImportError) else f"{type(e).__name__}: "
+        text = about_import(e) if isinstance(e, ImportError) else str(e)
+        message, status = kind + (" ".join(text.split()) or type(e).__name__), 1
     sys.stderr.write(f"mlx-hla: error: {message}\n")
     return status

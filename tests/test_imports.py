@@ -33,8 +33,8 @@ ACROSS = {
     ("__main__", "cli"),
 }
 RANK = {part: i for i, parts in enumerate(RANKS) for part in parts}
-# The root package publishes the operators; modules may read its version.
-ROOT_IMPORTS = {"ops"}
+# The root package publishes the operators, and says what is missing; modules may read its version.
+ROOT_IMPORTS = {"ops", "errors"}
 # The ground truth stands beside the rest: nothing that it judges may use it, only the judge.
 BESIDE = {"reference", "monoid"}
 JUDGES = BESIDE | {"selftest"}
@@ -121,7 +121,7 @@ def test_the_reader_of_imports_sees_arrows():
     seen = edges()
     for arrow in (("ops", "kernels"), ("nn", "ops"), ("models", "nn"), ("train", "models"), ("cli", "train")):
         assert arrow in seen
-    assert ("", "ops") in seen
+    assert ("", "ops") in seen  # for a type checker
 
 
 IMPORT = """
@@ -148,6 +148,71 @@ def test_importing_is_light(module):
     run = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert not run.stdout
+
+
+def test_the_root_publishes_the_operators():
+    names = mlx_hla.__all__
+    assert {"__version__", "hla2", "hla2_step", "linear_attention"} <= set(names) <= set(dir(mlx_hla))
+    assert mlx_hla.hla2 is mlx_hla.ops.hla2
+    star: dict = {}
+    exec("from mlx_hla import *", star)
+    assert set(names) <= set(star)
+    assert not hasattr(mlx_hla, "hla99")
+
+
+NO_MLX = """
+import sys
+class Missing:
+    def find_spec(self, name, *_):
+        if name == "mlx.core":
+            raise ImportError("libmlx.so: cannot open shared object file: No such file or directory")
+        if name == "mlx" and {whole}:
+            raise ModuleNotFoundError("No module named 'mlx'", name="mlx")
+sys.meta_path.insert(0, Missing())
+sys.argv = ["mlx-hla", "generate", "--prompt", "x"]
+"""
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_without_mlx_the_command_says_what_to_install(whole):
+    run = [
+        sys.executable,
+        "-c",
+        NO_MLX.format(whole=whole) + "from mlx_hla.__main__ import main; sys.exit(main())",
+    ]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("mlx-hla: error: MLX")
+    assert done.stderr.count("\n") == 1
+    assert "pip install" in done.stderr
+    assert "mlx-hla[cpu]" in done.stderr
+    library = [sys.executable, "-c", NO_MLX.format(whole=whole) + "import mlx_hla; mlx_hla.hla2"]
+    done = subprocess.run(library, capture_output=True, text=True)
+    assert "ImportError: MLX" in done.stderr
+    assert "mlx-hla[cpu]" in done.stderr
+
+
+STOPPED = """
+import builtins, os, signal, sys
+really = builtins.__import__
+def stopped(name, *rest):
+    if name == {at!r}:
+        os.kill(os.getpid(), signal.SIGINT)
+    return really(name, *rest)
+builtins.__import__ = stopped
+sys.argv = ["mlx-hla", "info"]
+from mlx_hla.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("at", ["argparse", "mlx_hla.cli", "mlx.core", "mlx_hla.models", "sentencepiece"])
+def test_ctrl_c_while_it_starts_shows_no_traceback(at):
+    script = STOPPED.format(at=at)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode in (130, -2)
+    assert done.stdout == ""
+    assert done.stderr in ("", "mlx-hla: error: interrupted\n")
 
 
 def test_the_oracle_shares_no_code_with_the_operators():
