@@ -250,19 +250,19 @@ def _info_arguments(parser):
 
 def _info(args) -> int:
     import mlx.core as mx
-    from mlx.utils import tree_flatten
 
     from mlx_hla.models import PRETRAINED, load
     from mlx_hla.models.io import WEIGHTS, read_header
+    from mlx_hla.models.quantization import entry_of, parameter_counts
     from mlx_hla.nn.cache import cache_bytes
 
     folder = args.model or PRETRAINED
     model, tokenizer = load(folder)
     config = model.config
     parts = {"embedding": 0, "mixers": 0, "mlps": 0, "norms": 0}
-    for name, a in tree_flatten(model.parameters()):
+    for name, count in parameter_counts(model).items():
         kind = "mixers" if ".mixer." in name else "mlps" if ".mlp." in name else name.split(".")[0]
-        parts[kind if kind in parts else "norms"] += a.size
+        parts[kind if kind in parts else "norms"] += count
     state = {}
     for tokens in (1, 1024):
         cache = model.make_cache()
@@ -271,6 +271,7 @@ def _info(args) -> int:
     result = {
         "model": str(folder),
         "config": dataclasses.asdict(config),
+        "quantization": entry_of(model),
         "parameters": model.num_parameters,
         "parameters_by_part": parts,
         "weights_bytes": os.path.getsize(os.path.join(folder, WEIGHTS)),
@@ -285,6 +286,8 @@ def _info(args) -> int:
     print(f"  weights: {result['weights_bytes'] / 1e6:.2f} MB of {', '.join(result['weights_dtypes'])}")
     shown = ", ".join(f"{n:,} bytes after {tokens} tokens" for tokens, n in state.items())
     print(f"  state of one text: {shown}")
+    if result["quantization"]:
+        print(f"  quantization: {json.dumps(result['quantization'])}")
     for name, value in result["config"].items():
         print(f"  {name}: {value}")
     return 0

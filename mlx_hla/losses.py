@@ -9,27 +9,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
 
 from mlx_hla.devices import compiled
 from mlx_hla.errors import InputError
+from mlx_hla.trees import cast
 
 # B batch, T time
-
-
-def cast(params: dict, dtype: mx.Dtype) -> dict:
-    return tree_map(lambda a: a.astype(dtype), params)
-
-
-def finite(tree: Any) -> bool:
-    """Whether every number in a tree of arrays is finite."""
-    parts = [mx.isfinite(a).all() for _, a in tree_flatten(tree) if isinstance(a, mx.array)]
-    return not parts or bool(mx.stack(parts).all().item())
 
 
 @contextlib.contextmanager

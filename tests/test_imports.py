@@ -15,7 +15,7 @@ ROOT = Path(mlx_hla.__file__).parent
 
 # A part imports from lower floors, or from its own where ACROSS says so.
 RANKS = [
-    {"errors", "files", "settings", "devices", "losses", "monoid"},
+    {"errors", "files", "settings", "devices", "trees", "losses", "monoid"},
     {"kernels", "tokenizer", "reference", "sampling"},
     {"ops", "data"},
     {"nn"},
@@ -29,6 +29,7 @@ ACROSS = {
     ("settings", "files"),
     ("losses", "errors"),
     ("losses", "devices"),
+    ("losses", "trees"),
     ("evaluate", "generate"),
     ("__main__", "cli"),
 }

@@ -10,12 +10,12 @@ from mlx.utils import tree_flatten
 
 from mlx_hla import cli
 from mlx_hla.errors import InputError
-from mlx_hla.losses import finite
 from mlx_hla.models import LanguageModel, ModelConfig, load, save
 from mlx_hla.tokenizer import train_tokenizer
 from mlx_hla.train import loop, preset, resume, train
 from mlx_hla.train.checkpoint import find_checkpoints
 from mlx_hla.train.step import Trainer
+from mlx_hla.trees import finite
 
 MODEL = {"vocab_size": 380, "dims": 16, "num_layers": 1, "num_heads": 2, "hidden_dims": 24, "context": 16}
 SETTINGS = {

@@ -42,7 +42,7 @@ class ModelConfig:
     num_heads: int = option(4, "query heads")
     num_kv_heads: int | None = option(None, "key-value heads; none: as many as query heads")
     head_dim: int | None = option(None, "width of a head; none: dims / num_heads")
-    hidden_dims: int = option(688, "width inside SwiGLU")
+    hidden_dims: int = option(704, "width inside SwiGLU")
     operator: str | int = option("hla2", f"{', '.join(OPERATORS)}, or an order from 1")
     conv_size: int = option(4, "width of the short convolution on q, k and v; 0: none")
     rope_theta: float | None = option(None, "base of rotary positions; none: without (softmax: 10000)")

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlx_hla.errors import InputError
 from mlx_hla.losses import lent
 from mlx_hla.models.config import ModelConfig
+from mlx_hla.models.quantization import parameter_counts
 from mlx_hla.models.softmax import SoftmaxAttention
 from mlx_hla.nn import HLAttention
+from mlx_hla.trees import flat
 
 # B batch, T time, V vocabulary
 
 
 def make_mixer(config: ModelConfig) -> nn.Module:
-    shared = {
+    shared: dict[str, Any] = {
         "num_kv_heads": config.kv_heads,
         "head_dim": config.key_dim,
         "qk_norm": config.qk_norm,
@@ -99,11 +102,12 @@ def check_tokens(name: str, tokens: mx.array, vocab_size: int) -> None:
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise InputError(f"{name} must be [B, T] with B, T >= 1, got {tokens.shape}")
     try:
-        low, high = tokens.min().item(), tokens.max().item()
+        ends: list[Any] = [tokens.min().item(), tokens.max().item()]
     except ValueError:  # traced: there is nothing to see
         return
-    if low < 0 or high >= vocab_size:
-        raise InputError(f"{name} must be from 0 to {vocab_size - 1}, got {low if low < 0 else high}")
+    outside = [i for i in ends if not 0 <= i < vocab_size]
+    if outside:
+        raise InputError(f"{name} must be from 0 to {vocab_size - 1}, got {outside[0]}")
 
 
 class LanguageModel(nn.Module):
@@ -152,7 +156,7 @@ class LanguageModel(nn.Module):
         if dropout and key is None:
             raise ValueError("[LanguageModel] dropout needs a key")
         x = self.embedding(tokens)
-        keys = [None] * len(self.layers)
+        keys: Any = [None] * len(self.layers)
         if dropout:
             # Drawn outside the blocks: a checkpointed block must see the same key when it is computed again.
             keys = mx.random.split(key, 2 * len(self.layers)).reshape(len(self.layers), 2, -1)
@@ -169,7 +173,7 @@ class LanguageModel(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        return sum(a.size for _, a in tree_flatten(self.parameters()))
+        return sum(parameter_counts(self).values())
 
 
 # name -> how it starts; the first that matches counts. `fan_in` is a matrix's number of columns.
@@ -201,7 +205,7 @@ INIT_TABLE: list[tuple[str, str, Rule]] = [
 
 def init_weights(model: LanguageModel, seed: int) -> None:
     """Set every parameter by `INIT_TABLE`; a parameter that no row names is an error."""
-    named = sorted(tree_flatten(model.parameters()))
+    named = sorted(flat(model.parameters()).items(), key=lambda item: item[0])
     keys = mx.random.split(mx.random.key(seed), len(named))
     fresh = []
     for (name, old), key in zip(named, keys, strict=True):

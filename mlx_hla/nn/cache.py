@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
+
+from mlx_hla.trees import flat
 
 # B batch, H heads, T time, D head dim, C convolution channels
 
@@ -130,7 +131,7 @@ def _written(buffer: mx.array | None, new: mx.array, offset: int) -> mx.array:
 
 def arrays(tree: Any) -> list[mx.array]:
     """The arrays of a state, in order, without the Nones."""
-    return [a for _, a in tree_flatten(tree) if isinstance(a, mx.array)]
+    return list(flat(tree).values())
 
 
 def fill(tree: Any, leaves: Any) -> Any:

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlx_hla.errors import InputError
 from mlx_hla.files import write_atomic
-from mlx_hla.losses import finite
 from mlx_hla.models import LanguageModel, ModelConfig
 from mlx_hla.models.io import CONFIG, TOKENIZER, check_vocabulary, load_tensors
 from mlx_hla.settings import read_json
@@ -23,6 +22,7 @@ from mlx_hla.tokenizer import Tokenizer
 from mlx_hla.train.folder import new_folder
 from mlx_hla.train.presets import TrainConfig
 from mlx_hla.train.step import Trainer
+from mlx_hla.trees import finite, flat
 
 WEIGHTS, OPTIMIZER, PROGRESS = "weights.safetensors", "optimizer.safetensors", "progress.json"
 _NAME = re.compile(r"checkpoint-(\d{8})")
@@ -54,7 +54,7 @@ def save_checkpoint(out: Path, step: int, trainer: Trainer, model_config, tokeni
         ):
             write_atomic(folder / name, partial(_write, data=data))
         for name, tree in ((WEIGHTS, trainer.params), (OPTIMIZER, trainer.state)):
-            write_atomic(folder / name, partial(mx.save_safetensors, arrays=dict(tree_flatten(tree))))
+            write_atomic(folder / name, partial(mx.save_safetensors, arrays=flat(tree)))
         folder.rename(final)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -99,14 +99,14 @@ def load_checkpoint(out: Path) -> Checkpoint:
     check_vocabulary(config, tokenizer, folder / TOKENIZER)
     model = LanguageModel(config)
     trainer = Trainer(model, settings)
-    trainer.params = _load(folder / WEIGHTS, trainer.params, ("F32",))
-    trainer.state = _load(folder / OPTIMIZER, trainer.state, ("F32", "U64"))
+    trainer.params = _load(folder / WEIGHTS, trainer.params)
+    trainer.state = _load(folder / OPTIMIZER, trainer.state)
     return Checkpoint(step, settings, model, tokenizer, trainer, corpus)
 
 
-def _load(path: Path, like: dict, dtypes: tuple[str, ...]) -> dict:
-    flat = tree_flatten(like)
-    tensors = load_tensors(path, {name: a.shape for name, a in flat}, dtypes)
+def _load(path: Path, like: dict) -> dict:
+    wanted = flat(like)
+    tensors = load_tensors(path, wanted, ("F32",))
     if not finite(tensors):
         raise InputError(f"{path}: holds NaN or infinity: a run that diverged cannot go on from it")
-    return tree_unflatten([(name, tensors[name].astype(a.dtype)) for name, a in flat])
+    return tree_unflatten([(name, tensors[name]) for name in wanted])

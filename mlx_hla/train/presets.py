@@ -86,10 +86,10 @@ class Preset:
 
 
 PRESETS = {
-    "small": Preset("5.8 million parameters: the model that ships", ModelConfig(), TrainConfig()),
+    "small": Preset("5.9 million parameters, trained as the model that ships", ModelConfig(), TrainConfig()),
     "tiny": Preset(
         "a try-out: well under a minute on two CPU cores",
-        ModelConfig(vocab_size=512, dims=64, num_layers=2, num_heads=2, hidden_dims=160, context=128),
+        ModelConfig(vocab_size=512, dims=64, num_layers=2, num_heads=2, hidden_dims=192, context=128),
         TrainConfig(
             out="runs/tiny",
             max_bytes=500_000,

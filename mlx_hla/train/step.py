@@ -7,9 +7,10 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 from mlx_hla.devices import compiled, compute_dtype
-from mlx_hla.losses import cast, token_losses
+from mlx_hla.losses import token_losses
 from mlx_hla.models import LanguageModel
 from mlx_hla.train.presets import TrainConfig
+from mlx_hla.trees import cast
 
 
 class AdamW(optim.AdamW):
