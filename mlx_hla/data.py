@@ -23,7 +23,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_hla.errors import InputError
-from mlx_hla.files import open_regular
+from mlx_hla.files import as_path, open_regular
 from mlx_hla.settings import check_number, check_whole, parse_json
 from mlx_hla.tokenizer import Tokenizer
 
@@ -79,9 +79,7 @@ def load_corpus(
         files = [f for f in _walk(root, TEST_FOLDERS) if f.suffix == ".py"]
         files = [f for f in files if not _relative(f, root).startswith(GENERATED)]
     else:
-        if not str(path):
-            raise InputError("the path of the corpus is empty")
-        root, name = Path(path), str(path)
+        root, name = as_path("the corpus", path), str(path)
         if not root.exists() and not root.is_symlink():
             raise InputError(f"{root}: no such file or folder")
         files = [f for f in _walk(root, set()) if f.suffix in suffixes] if root.is_dir() else [root]
@@ -243,6 +241,9 @@ class Batches:
     """
 
     def __init__(self, stream: np.ndarray, batch_size: int, context: int, seed: int):
+        check_whole("batch_size", batch_size, 1)
+        check_whole("context", context, 1)
+        check_whole("seed", seed, 0)
         if len(stream) < context + 1:
             raise InputError(
                 f"the corpus has {len(stream)} tokens, fewer than one window of {context} + 1; "

@@ -19,6 +19,7 @@ from mlx_hla.generate import generate_step
 from mlx_hla.losses import Scorer, token_losses
 from mlx_hla.models import LanguageModel
 from mlx_hla.sampling import Sampling
+from mlx_hla.settings import check_whole
 from mlx_hla.tokenizer import Tokenizer
 
 __all__ = [
@@ -92,9 +93,11 @@ def parse_share(
     on_sample=lambda done: None,
 ) -> ParseResult:
     """Sample completions of randomly drawn headers and count those that parse (see above)."""
+    check_whole("samples", samples, 1)
+    check_whole("max_tokens", max_tokens, 1)
     if not headers:
         raise InputError("no function headers to complete: the validation text is no Python with functions")
-    sampling = sampling or Sampling(seed=0)
+    sampling = Sampling(seed=0) if sampling is None else sampling
     rng = random.Random(sampling.seed)
     texts = []
     for n in range(samples):

@@ -26,6 +26,13 @@ _KINDS = {
 }
 
 
+def as_path(name: str, value: object) -> Path:
+    """A path that somebody gave; "" would be the folder that one happens to be in."""
+    if not isinstance(value, str | os.PathLike) or isinstance(value, bytes) or not os.fspath(value):
+        raise InputError(f"{name} must be a path, got {repr(value)[:60]}")
+    return Path(value)
+
+
 @contextlib.contextmanager
 def open_regular(path: str | Path, limit: int) -> Iterator[BinaryIO]:
     """Open a file to read; InputError if it is no regular file, has more than `limit` bytes, or fails."""

@@ -15,6 +15,7 @@ from mlx_hla.models import LanguageModel
 from mlx_hla.models.lm import check_tokens
 from mlx_hla.nn.cache import KVCache, arrays, eval_cache, fill
 from mlx_hla.sampling import Sampling
+from mlx_hla.settings import check_whole
 from mlx_hla.tokenizer import Tokenizer
 
 # B batch, V vocabulary, W tokens of history
@@ -24,6 +25,7 @@ PREFILL_TOKENS = 512
 
 def prefill(model: LanguageModel, tokens: mx.array, cache: list, chunk: int = PREFILL_TOKENS) -> mx.array:
     """Read tokens [B, T] into the cache, `chunk` at a time; returns the logits [B, V] after the last."""
+    check_whole("chunk", chunk, 1)
     check_tokens("the prompt's tokens", tokens, model.config.vocab_size)
     T = tokens.shape[1]
     for start in range(0, T, chunk):
@@ -31,6 +33,14 @@ def prefill(model: LanguageModel, tokens: mx.array, cache: list, chunk: int = PR
         if start + chunk < T:
             eval_cache(cache)  # so that one chunk's activations live at a time
     return model.embedding.as_linear(x[:, -1])
+
+
+def _sampling(sampling: Sampling | None) -> Sampling:
+    if sampling is None:
+        return Sampling()
+    if not isinstance(sampling, Sampling):
+        raise InputError(f"sampling must be a Sampling, got {repr(sampling)[:60]}")
+    return sampling
 
 
 def _token_array(prompt: Sequence[int] | np.ndarray | mx.array) -> mx.array:
@@ -105,7 +115,8 @@ def generate_step(
     A prompt [T] yields tokens as ints and logits [V]; a batch of prompts of equal length [B, T] yields arrays
     [B] and [B, V]. A cache of earlier calls is continued, and holds all but the last token afterwards.
     """
-    sampling = sampling or Sampling()
+    check_whole("max_tokens", max_tokens, -1)
+    sampling = _sampling(sampling)
     ids = _token_array(prompt)
     single = ids.ndim == 1
     tokens = ids[None] if single else ids
@@ -143,10 +154,10 @@ class StopWatch:
     Text that may be the beginning of a stop string is held back until that is decided.
     """
 
-    def __init__(self, stops: Sequence[str]):
-        if any(not s for s in stops):
-            raise InputError("a stop string must not be empty")
-        self._stops = tuple(stops)
+    def __init__(self, stops: str | Sequence[str]):
+        self._stops = (stops,) if isinstance(stops, str) else tuple(stops)
+        if any(not isinstance(s, str) or not s for s in self._stops):
+            raise InputError(f"a stop string must be text and not empty, got {repr(stops)[:60]}")
         self._held = ""
         self.stopped = False
 
@@ -199,12 +210,14 @@ def stream_generate(
     *,
     max_tokens: int = 256,
     sampling: Sampling | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     chunk: int = PREFILL_TOKENS,
 ) -> Iterator[Chunk]:
-    """Continue `prompt` (a text that begins a document, or tokens) and yield the text as it comes."""
-    if max_tokens < 1:
-        raise InputError(f"max_tokens must be at least 1, got {max_tokens}")
+    """Continue `prompt` (a text that begins a document, or tokens) and yield the text as it comes.
+
+    `stop`: a text, or several, before which to end.
+    """
+    check_whole("max_tokens", max_tokens, 1)
     if isinstance(prompt, str):
         if not prompt:
             raise InputError("the prompt has no tokens: give some text to continue")

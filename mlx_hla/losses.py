@@ -16,6 +16,7 @@ import numpy as np
 
 from mlx_hla.devices import compiled
 from mlx_hla.errors import InputError
+from mlx_hla.settings import check_whole
 from mlx_hla.trees import cast
 
 # B batch, T time
@@ -74,6 +75,9 @@ class Scorer:
         dtype: mx.Dtype,
         max_batches: int = 0,
     ):
+        check_whole("batch_size", batch_size, 1)
+        check_whole("context", context, 1)
+        check_whole("max_batches", max_batches, 0)
         self._batches: list[tuple[mx.array, mx.array]] = []
         self.bytes = 0
         for tokens, real in windows(stream, batch_size, context):

@@ -40,14 +40,24 @@ def check_types(settings: Any) -> None:
         allowed = _TYPES[kind]
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
             raise InputError(f"{field.name} must be {kind}, got {repr(value)[:60]}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{field.name} must be finite, got {value}")
+        if "float" in kind and value is not None and not _is_finite(value):
+            raise InputError(f"{field.name} must be finite, got {repr(value)[:60]}")
 
 
-def check_number(name: str, value: Any) -> float:
-    """`value`, or an error unless it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond every float
+        return False
+
+
+def check_number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
+    """`value`, or an error unless it is a finite number from `least` to `most`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not _is_finite(value):
         raise InputError(f"{name} must be a finite number, got {repr(value)[:60]}")
+    if not least <= value <= most:
+        raise InputError(f"{name} must be a number from {least} to {most}, got {value}")
     return value
 
 

@@ -39,6 +39,8 @@ class Tokenizer:
     """Text to token ids and back. `bos_id` opens a document, `eos_id` closes it; neither has any text."""
 
     def __init__(self, proto: bytes, name: str = "tokenizer.model"):
+        if not isinstance(proto, bytes):
+            raise InputError(f"{name}: a SentencePiece model is bytes, got {type(proto).__name__}")
         if not 0 < len(proto) <= MAX_MODEL_BYTES:
             raise InputError(f"{name}: {len(proto)} bytes is not the size of a SentencePiece model")
         sp = _sentencepiece().SentencePieceProcessor()
@@ -71,9 +73,16 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for; none for a control token."""
-        return self._bytes[token]
+        try:
+            if token >= 0:
+                return self._bytes[token]
+        except (IndexError, TypeError):
+            pass
+        raise InputError(f"a token must be from 0 to {self.vocab_size - 1}, got {repr(token)[:60]}")
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        if not isinstance(text, str):
+            raise InputError(f"only text can be encoded, got {repr(text)[:60]}")
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -89,7 +98,7 @@ class Tokenizer:
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return b"".join(self._bytes[i] for i in ids)
+        return b"".join(map(self.token_bytes, ids))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the tokens; bytes that are no UTF-8 (a model can write them) become U+FFFD."""

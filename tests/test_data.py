@@ -149,7 +149,7 @@ def test_arguments_have_types(folder):
     for bad in (0, -1, 1.5, float("nan"), "9", True):
         with pytest.raises(InputError, match="max_bytes"):
             data.load_corpus(folder, 0.2, bad)
-    with pytest.raises(InputError, match="path of the corpus"):
+    with pytest.raises(InputError, match="the corpus must be a path"):
         data.load_corpus("")
 
 

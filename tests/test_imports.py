@@ -29,6 +29,7 @@ ACROSS = {
     ("settings", "files"),
     ("losses", "errors"),
     ("losses", "devices"),
+    ("losses", "settings"),
     ("losses", "trees"),
     ("evaluate", "generate"),
     ("__main__", "cli"),

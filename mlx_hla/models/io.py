@@ -20,7 +20,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_hla.devices import on_gpu
 from mlx_hla.errors import InputError
-from mlx_hla.files import open_regular, unchanged, write_atomic
+from mlx_hla.files import as_path, open_regular, unchanged, write_atomic
 from mlx_hla.models.config import MAX_PARAMETERS, ModelConfig
 from mlx_hla.models.lm import LanguageModel
 from mlx_hla.models.quantization import entry_of, quantize_as, quantized_modules
@@ -50,7 +50,8 @@ def save(folder: str | Path, model: LanguageModel, tokenizer: Tokenizer, dtype: 
 
     Quantised modules are saved as they are, packed, and all else in `dtype`.
     """
-    folder = Path(folder)
+    folder = as_path("the model's folder", folder)
+    _check_dtype(dtype)
     packed = tuple(f"{path}." for path in quantized_modules(model))
     weights = {
         name: a if name.startswith(packed) or not is_float(a) else a.astype(dtype)
@@ -73,7 +74,8 @@ def load(folder: str | Path | None = None, dtype: mx.Dtype | None = None) -> tup
     `dtype` None keeps the file's dtype on a GPU and widens to float32 on a CPU, which is faster there. Packed
     weights stay packed.
     """
-    folder = Path(folder) if folder is not None else PRETRAINED
+    folder = PRETRAINED if folder is None else as_path("the model's folder", folder)
+    _check_dtype(dtype)
     if not folder.is_dir():
         what = "is a file; a model is a folder" if folder.exists() else "no such model folder"
         raise InputError(f"{folder}: {what} with {CONFIG}, {WEIGHTS} and {TOKENIZER}")
@@ -99,6 +101,11 @@ def load(folder: str | Path | None = None, dtype: mx.Dtype | None = None) -> tup
     model.update(tree_unflatten(list(weights.items())))
     mx.eval(model.parameters())
     return model, tokenizer
+
+
+def _check_dtype(dtype: object) -> None:
+    if dtype is not None and dtype not in [kind for name, (kind, _) in DTYPES.items() if name in FLOATS]:
+        raise InputError(f"dtype must be float32, float16 or bfloat16 of mlx.core, got {repr(dtype)[:60]}")
 
 
 def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, path: Path) -> None:

@@ -21,6 +21,7 @@ from mlx_hla.models.config import ModelConfig
 from mlx_hla.models.quantization import parameter_counts
 from mlx_hla.models.softmax import SoftmaxAttention
 from mlx_hla.nn import HLAttention
+from mlx_hla.settings import check_number, check_whole
 from mlx_hla.trees import flat
 
 # B batch, T time, V vocabulary
@@ -115,6 +116,9 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: ModelConfig, seed: int = 0):
         super().__init__()
+        if not isinstance(config, ModelConfig):
+            raise InputError(f"[LanguageModel] config must be a ModelConfig, got {repr(config)[:60]}")
+        check_whole("seed", seed, 0, 2**64 - 1)
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dims)
         self.layers = [Block(config) for _ in range(config.num_layers)]
@@ -153,8 +157,13 @@ class LanguageModel(nn.Module):
         self, tokens, cache=None, mask=None, segment_ids=None, *, dropout=0.0, key=None, checkpoint=False
     ) -> mx.array:
         """What the logits are a linear map of, [B, T, dims]; of ids that are known to be in range."""
+        if not 0 <= check_number("[LanguageModel] dropout", dropout) < 1:
+            raise InputError(f"[LanguageModel] dropout must be from 0 to below 1, got {dropout}")
         if dropout and key is None:
-            raise ValueError("[LanguageModel] dropout needs a key")
+            raise InputError("[LanguageModel] dropout needs a key")
+        if cache is not None and (not isinstance(cache, list) or len(cache) != len(self.layers)):
+            got = f"{len(cache)} entries" if isinstance(cache, list) else repr(cache)[:60]
+            raise InputError(f"[LanguageModel] cache must be what make_cache gives, got {got}")
         x = self.embedding(tokens)
         keys: Any = [None] * len(self.layers)
         if dropout:

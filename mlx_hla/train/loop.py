@@ -16,6 +16,7 @@ import mlx.core as mx
 from mlx_hla import data
 from mlx_hla.devices import compute_dtype
 from mlx_hla.errors import InputError
+from mlx_hla.files import as_path
 from mlx_hla.losses import Scorer
 from mlx_hla.models import LanguageModel, ModelConfig, save
 from mlx_hla.models.io import CONFIG, WEIGHTS
@@ -36,6 +37,9 @@ class Result(NamedTuple):
 
 def train(config: ModelConfig, settings: TrainConfig) -> Result:
     """Train a fresh model. Refuses a folder that holds a run already."""
+    for name, value, kind in (("config", config, ModelConfig), ("settings", settings, TrainConfig)):
+        if not isinstance(value, kind):
+            raise InputError(f"{name} must be a {kind.__name__}, got {repr(value)[:60]}")
     _check_extra()
     out = Path(settings.out)
     _check_fresh(out)
@@ -62,7 +66,7 @@ def train(config: ModelConfig, settings: TrainConfig) -> Result:
 def resume(out: str | Path) -> Result:
     """Go on with the run in `out` from its last checkpoint, with the settings that it has."""
     _check_extra()
-    out = Path(out)
+    out = as_path("out", out)
     if not find_checkpoints(out):
         raise InputError(f"{out}: no checkpoint to resume from")
     with held(out):

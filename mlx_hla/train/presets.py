@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 from mlx_hla.errors import InputError
 from mlx_hla.models import ModelConfig
 from mlx_hla.settings import check_types, from_dict, option
 
+T = TypeVar("T")
 DTYPES = ("auto", "bfloat16", "float32")
 
 
@@ -112,10 +114,15 @@ def preset(
     name: str, model: dict | None = None, train: dict | None = None
 ) -> tuple[ModelConfig, TrainConfig]:
     """A preset's settings with some fields replaced."""
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     chosen = PRESETS[name]
-    return (
-        dataclasses.replace(chosen.model, **(model or {})),
-        dataclasses.replace(chosen.train, **(train or {})),
-    )
+    return _replaced(chosen.model, model, "model"), _replaced(chosen.train, train, "train")
+
+
+def _replaced(settings: T, changes: dict | None, name: str) -> T:
+    known = {f.name for f in dataclasses.fields(settings)}  # type: ignore[arg-type]
+    unknown = sorted(str(key) for key in set(changes or {}) - known)
+    if unknown:
+        raise InputError(f"{name} has no field {unknown[0][:40]!r}; it has {', '.join(sorted(known))}")
+    return dataclasses.replace(settings, **(changes or {}))  # type: ignore[type-var]
