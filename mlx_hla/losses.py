@@ -8,7 +8,7 @@ of text that the predicted tokens stand for.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -93,8 +93,10 @@ class Scorer:
 
         self._total = compiled(total)
 
-    def __call__(self, params: dict) -> float:
+    def __call__(self, params: dict, on_batch: Callable[[int, int], object] = lambda done, of: None) -> float:
+        """`on_batch` hears of each batch before it is computed, and may raise to leave off."""
         nats = 0.0
-        for tokens, real in self._batches:
+        for done, (tokens, real) in enumerate(self._batches):
+            on_batch(done, len(self._batches))
             nats += self._total(params, tokens, real).item()
         return nats / self.bytes

@@ -2,7 +2,12 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import mlx.core as mx
 import pytest
@@ -10,9 +15,10 @@ from mlx.utils import tree_flatten
 
 from mlx_hla import cli
 from mlx_hla.errors import InputError
+from mlx_hla.losses import Scorer
 from mlx_hla.models import LanguageModel, ModelConfig, load, save
 from mlx_hla.tokenizer import train_tokenizer
-from mlx_hla.train import loop, preset, resume, train
+from mlx_hla.train import course, preset, resume, train
 from mlx_hla.train.checkpoint import find_checkpoints
 from mlx_hla.train.step import Trainer
 from mlx_hla.trees import finite
@@ -104,7 +110,7 @@ def test_weights_that_are_not_finite_are_never_saved(corpus, tmp_path, monkeypat
 
 
 def test_a_validation_that_is_not_finite_stops_the_run(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.Scorer, "__call__", lambda self, params: float("inf"))
+    monkeypatch.setattr(Scorer, "__call__", lambda *_: float("inf"))
     with pytest.raises(InputError, match="at step 4 the validation loss is inf"):
         train(*configs(corpus, tmp_path / "run"))
     rows(tmp_path / "run")
@@ -176,15 +182,15 @@ def test_a_small_corpus_gives_a_small_vocabulary_and_says_so(tmp_path, capsys):
 @pytest.mark.parametrize("log_every", [1, 7])
 def test_the_log_on_disk_reaches_every_checkpoint(corpus, tmp_path, monkeypatch, log_every):
     """A run may be killed at any moment after it has saved."""
-    out, save_checkpoint, seen = tmp_path / "run", loop.save_checkpoint, []
+    out, save_checkpoint, seen = tmp_path / "run", course.save_checkpoint, []
 
     def look(folder, step, *rest):
         seen.append((step, [r["step"] for r in rows(out) if r["event"] == "step"]))
         return save_checkpoint(folder, step, *rest)
 
-    monkeypatch.setattr(loop, "save_checkpoint", look)
+    monkeypatch.setattr(course, "save_checkpoint", look)
     train(*configs(corpus, out, log_every=log_every, save_every=3, valid_every=100))
-    assert seen == [(step, list(range(1, step + 1))) for step in (3, 6, 9)]
+    assert seen == [(step, list(range(1, step + 1))) for step in (3, 6, 9, 9)]
 
 
 def test_resuming_never_leaves_a_shorter_log(whole, tmp_path, monkeypatch):
@@ -274,3 +280,98 @@ def test_a_second_run_in_the_same_folder_is_refused(corpus, whole, tmp_path, mon
     assert len(refused) == 2
     assert [p.name for p in find_checkpoints(out)] == ["checkpoint-00000009"]
     assert resume(out).finished
+
+
+# --- signals
+
+
+def test_a_signal_in_a_validation_leaves_it_for_the_resumed_run(corpus, tmp_path, monkeypatch, capsys):
+    plain, out, score, batches = tmp_path / "plain", tmp_path / "run", Scorer.__call__, []
+    assert train(*configs(corpus, plain)).finished
+
+    def stopped(self, params, on_batch):
+        def on_one(done, of):
+            batches.append((done, of))
+            if done == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            on_batch(done, of)
+
+        return score(self, params, on_one)
+
+    with monkeypatch.context() as m:
+        m.setattr(Scorer, "__call__", stopped)
+        result = train(*configs(corpus, out))
+    assert (result.finished, result.step) == (False, 4)
+    assert batches == [(0, 8), (1, 8)]
+    assert (
+        "stopping after a batch of the validation after step 4, which is under way" in capsys.readouterr().out
+    )
+    assert not [r for r in rows(out) if r["event"] == "valid"]
+    assert resume(out).finished
+    for kind in ("step", "valid"):
+        assert [r for r in rows(out) if r["event"] == kind] == [r for r in rows(plain) if r["event"] == kind]
+
+
+def test_a_signal_in_the_last_validation_leaves_a_run_to_resume(corpus, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+
+    def stopped(self, params, on_batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        on_batch(0, 8)
+
+    with monkeypatch.context() as m:
+        m.setattr(Scorer, "__call__", stopped)
+        result = train(*configs(corpus, out, valid_every=100))
+    assert (result.finished, result.step, result.nats_per_byte) == (False, 9, None)
+    assert resume(out).finished
+    assert (out / "model.safetensors").exists()
+
+
+LONG = """
+import os, signal, sys, time
+from mlx_hla import cli
+from mlx_hla.train.step import Trainer
+step = Trainer.step
+def long(self, number, *rest):
+    if number == 3:
+        print("in a call", flush=True)
+        # As long as a pass on a CPU may take, in which Python runs no handler of its own.
+        lock = __import__("ctypes").CDLL(None).usleep
+        for _ in range({seconds}):
+            lock(990_000)
+    return step(self, number, *rest)
+Trainer.step = long
+sys.exit(cli.main(["train", *sys.argv[1:]]))
+"""
+FLAGS = "--preset tiny --vocab-size 380 --dims 16 --num-layers 1 --hidden-dims 16 --context 16 --batch-size 2"
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
+def test_ctrl_c_is_answered_while_a_pass_is_under_way(corpus, tmp_path, twice):
+    out = tmp_path / "run"
+    flags = [*FLAGS.split(), "--data", str(corpus), "--out", str(out), "--save-every", "2"]
+    script = LONG.format(seconds=60 if twice else 2)
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", script, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line == "in a call\n":
+            break
+    process.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    answer = process.stdout.readline()
+    assert answer.startswith(
+        "stopping after a forward and backward pass of step 4 of 100, which is under way"
+    )
+    assert time.monotonic() - start < 1
+    if twice:
+        process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=30)
+    assert err == ""
+    assert process.returncode == 130
+    assert ("go on with" in rest) is not twice
+    assert [p.name for p in find_checkpoints(out)] == [f"checkpoint-{2 if twice else 4:08d}"]
+    assert resume(out) is not None

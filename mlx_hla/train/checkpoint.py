@@ -37,19 +37,19 @@ class Checkpoint(NamedTuple):
     corpus: str  # the corpus's digest
 
 
-def save_checkpoint(out: Path, step: int, trainer: Trainer, model_config, tokenizer, corpus: str) -> Path:
+def save_checkpoint(out: Path, step: int, run: Checkpoint) -> Path:
     """Write `checkpoint-<step>` beside the older one, then remove that: there is always a whole one."""
-    final = out / f"checkpoint-{step:08d}"
+    final, trainer = out / f"checkpoint-{step:08d}", run.trainer
     if final.exists():
         return final  # a run resumed and stopped again before its first step
     if not finite((trainer.params, trainer.state)):
         raise InputError(f"step {step}: the weights hold NaN or infinity: not saved; {last_good(out)}")
-    progress = {"step": step, "corpus": corpus, "settings": dataclasses.asdict(trainer.settings)}
+    progress = {"step": step, "corpus": run.corpus, "settings": dataclasses.asdict(trainer.settings)}
     folder = new_folder(out)
     try:
         for name, data in (
-            (TOKENIZER, tokenizer.proto),
-            (CONFIG, model_config.to_json().encode()),
+            (TOKENIZER, run.tokenizer.proto),
+            (CONFIG, run.model.config.to_json().encode()),
             (PROGRESS, (json.dumps(progress, indent=2) + "\n").encode()),
         ):
             write_atomic(folder / name, partial(_write, data=data))

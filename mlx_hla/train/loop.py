@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
-import signal
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,10 +16,12 @@ from mlx_hla.losses import Scorer
 from mlx_hla.models import LanguageModel, ModelConfig, save
 from mlx_hla.models.io import CONFIG, WEIGHTS
 from mlx_hla.tokenizer import Tokenizer, train_tokenizer
-from mlx_hla.train.checkpoint import Checkpoint, find_checkpoints, last_good, load_checkpoint, save_checkpoint
+from mlx_hla.train.checkpoint import Checkpoint, find_checkpoints, load_checkpoint
+from mlx_hla.train.course import Course
 from mlx_hla.train.folder import held
 from mlx_hla.train.presets import TrainConfig
 from mlx_hla.train.report import Report, require
+from mlx_hla.train.signals import stop_on_signals
 from mlx_hla.train.step import Trainer
 
 
@@ -130,10 +127,12 @@ def _run(run: Checkpoint, corpus: data.Corpus) -> Result:
         mlx=mx.__version__,
     )
     try:
-        with _signals() as stopping:
-            step, valid = _steps(run, batches, scorer, report, corpus, stopping)
+        with stop_on_signals(report.say) as stop:
+            course = Course(run, batches, scorer, report, stop)
+            course.take()
+        step, valid = course.step, course.valid
         title = f"{model.config.operator}, {model.num_parameters / 1e6:.1f} M parameters"
-        if step < settings.steps:
+        if not course.finished:
             report.say(f"stopped after step {step}; go on with: mlx-hla train --resume --out {out}")
             return Result(False, step, valid, out)
         report.event("end", step=step, nats_per_byte=valid, peak_memory=mx.get_peak_memory())
@@ -148,77 +147,3 @@ def _run(run: Checkpoint, corpus: data.Corpus) -> Result:
         return Result(True, step, valid, out)
     finally:
         report.close()
-
-
-def _steps(run, batches, scorer, report, corpus, stopping) -> tuple[int, float | None]:
-    """Train until the end or a signal; returns the steps taken and the last validation's result."""
-    settings, trainer = run.settings, run.trainer
-    out, A = Path(settings.out), settings.accumulate
-    valid, pending, step = None, None, run.step
-
-    def write_down():
-        if pending is not None:
-            number, loss, norm = pending[0], pending[1].item(), pending[2].item()
-            rate = settings.learning_rate(number)
-            check(number + 1, ("loss", loss), ("gradient norm", norm), rate=rate)
-            report.step(number + 1, loss, norm, rate)
-
-    def check(number, *values, rate):
-        for name, value in values:
-            if not math.isfinite(value):
-                report.event("diverged", step=number, what=name, lr=rate)
-                raise InputError(
-                    f"the run diverged: at step {number} the {name} is {value}, at a learning rate of "
-                    f"{rate:.3g}; {last_good(out)}. Begin again with a lower --lr or a longer --warmup"
-                )
-
-    def keep():
-        report.flush()  # a run that is killed later goes on from here, and must find the log up to here
-        return save_checkpoint(out, step, trainer, run.model.config, run.tokenizer, corpus.digest)
-
-    while step < settings.steps and not stopping.is_set():
-        loss, norm = trainer.step(step, [batches[step * A + i] for i in range(A)])
-        write_down()  # of the step before: reading its loss must not hold this one up
-        pending = (step, loss, norm)
-        step += 1
-        last = step == settings.steps
-        if step % settings.valid_every == 0 or last:
-            write_down()
-            pending = None
-            with report.pause():
-                valid = scorer(trainer.params)
-            check(step, ("validation loss", valid), rate=settings.learning_rate(step - 1))
-            report.validated(step, valid)
-        if step % settings.save_every == 0 or last:
-            write_down()
-            pending = None
-            with report.pause():
-                keep()
-    write_down()
-    if step < settings.steps:
-        keep()
-    elif run.step == settings.steps:  # all steps taken, but perhaps killed before its model was saved
-        valid = scorer(trainer.params)
-    return step, valid
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or a termination sets, so that a step is never cut in two; twice stops at once."""
-    stopping = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopping
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number, frame):
-        stopping.set()
-        signal.signal(number, signal.default_int_handler)
-
-    for s in before:
-        signal.signal(s, handle)
-    try:
-        yield stopping
-    finally:
-        for s, old in before.items():
-            signal.signal(s, old)

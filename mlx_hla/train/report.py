@@ -68,9 +68,7 @@ class Report:
         self.event("step", step=step, loss=loss, grad_norm=norm, lr=lr)
         due = step % self._every == 0 or step == self._steps
         if due:
-            now = time.perf_counter()
-            self._tps = (step - self._mark_step) * self._tokens / max(now - self._mark_time, 1e-9)
-            self._mark_time, self._mark_step = now, step
+            self._measure(step)
             self.flush()
         peak = mx.get_peak_memory() / 1e9
         valid = "" if self._valid is None else f", valid {self._valid:.4f} nats/byte"
@@ -80,6 +78,18 @@ class Report:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {tail}")
         elif due:
             self.say(f"step {step}/{self._steps}: loss {loss:.4f}, lr {lr:.2e}, {tail}")
+
+    def _measure(self, step: int) -> None:
+        """Tokens a second since the last time; two steps read back to back tell nothing of the pace."""
+        now = time.perf_counter()
+        if now - self._mark_time > 0.2 or not self._tps:
+            self._tps = (step - self._mark_step) * self._tokens / max(now - self._mark_time, 1e-9)
+            self._mark_time, self._mark_step = now, step
+
+    def validation_of(self, step: int) -> float | None:
+        """The result of a validation after `step`, if the log has one."""
+        found = [e["nats_per_byte"] for e in self._events if e["event"] == "valid" and e["step"] == step]
+        return found[-1] if found else None
 
     def validated(self, step: int, nats_per_byte: float) -> None:
         self._valid = nats_per_byte
