@@ -124,11 +124,12 @@ def _generate(args) -> int:
 
 
 def _read_prompt(prompt: str | None) -> str:
-    if prompt is None and sys.stdin.isatty():
+    stdin = sys.stdin  # None where it was closed
+    if (prompt is None and (stdin is None or stdin.isatty())) or (prompt == "-" and stdin is None):
         raise InputError("no prompt: give --prompt TEXT, or text on stdin")
     if prompt is None or prompt == "-":
         try:
-            data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+            data = stdin.buffer.read(MAX_PROMPT_BYTES + 1)
             if len(data) > MAX_PROMPT_BYTES:
                 raise InputError(f"the prompt on stdin is larger than {MAX_PROMPT_BYTES} bytes")
             prompt = data.decode()
@@ -167,6 +168,8 @@ def _train(args) -> int:
             raise InputError(f"a resumed run keeps its settings: leave out {flags}")
         result = resume(settings.get("out", PRESETS[args.preset].train.out))
     else:
+        if "vocab_size" in model and settings.get("tokenizer") is not None:
+            raise InputError("the tokenizer says how many tokens there are: leave out --vocab-size")
         result = train(*preset(args.preset, model, settings))
     return 0 if result.finished else 130
 
@@ -256,7 +259,7 @@ def _info(args) -> int:
     from mlx_hla.models.quantization import entry_of, parameter_counts
     from mlx_hla.nn.cache import cache_bytes
 
-    folder = args.model or PRETRAINED
+    folder = PRETRAINED if args.model is None else args.model
     model, tokenizer = load(folder)
     config = model.config
     parts = {"embedding": 0, "mixers": 0, "mlps": 0, "norms": 0}
@@ -336,8 +339,28 @@ def make_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+def _open_standard_streams() -> None:
+    """Where stdin, stdout or stderr was closed, the next file would get its number, and what is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            if getattr(sys, name) is None and number:
+                setattr(sys, name, os.fdopen(number, "w"))
+
+
+def _give_up_stdout() -> None:
+    """Python would complain once more when it closes a stdout that takes nothing."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no error
@@ -350,8 +373,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except BrokenPipeError:
-        # The reader has gone. Python would complain once more when it closes stdout at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()  # the reader has gone
         return 141
     except Exception as e:
         if os.environ.get("MLX_HLA_DEBUG"):
@@ -359,5 +381,6 @@ def main(argv: list[str] | None = None) -> int:
         kind = "" if isinstance(e, InputError | OSError | ImportError) else f"{type(e).__name__}: "
         text = about_import(e) if isinstance(e, ImportError) else str(e)
         message, status = kind + (" ".join(text.split()) or type(e).__name__), 1
+        _give_up_stdout()
     sys.stderr.write(f"mlx-hla: error: {message}\n")
     return status

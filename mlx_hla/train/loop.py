@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,10 @@ def train(config: ModelConfig, settings: TrainConfig) -> Result:
         if not isinstance(value, kind):
             raise InputError(f"{name} must be a {kind.__name__}, got {repr(value)[:60]}")
     _check_extra()
+    # A run may be resumed from another folder than the one that it was begun in.
+    for name in ("data", "tokenizer"):
+        if (path := getattr(settings, name)) is not None:
+            settings = dataclasses.replace(settings, **{name: os.path.abspath(path)})
     out = Path(settings.out)
     _check_fresh(out)
     corpus = _read_corpus(settings)

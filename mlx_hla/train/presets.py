@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TypeVar
 
+from mlx_hla.data import parse_suffixes
 from mlx_hla.errors import InputError
 from mlx_hla.models import ModelConfig
 from mlx_hla.settings import check_types, from_dict, option
@@ -46,6 +47,10 @@ class TrainConfig:
 
     def __post_init__(self):
         check_types(self)
+        for name in ("out", "data", "tokenizer"):
+            if getattr(self, name) == "":
+                raise InputError(f"{name} must be a path, got ''")
+        parse_suffixes(self.suffix)
         for name in ("steps", "batch_size", "accumulate", "valid_every", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
