@@ -171,7 +171,7 @@ def test_train_eval_info(capsys, corpus, tmp_path):
     ("argv", "match"),
     [
         (["train", "--data", "/nonexistent"], "no such file or folder"),
-        (["train", "--steps", "0"], "steps must be at least 1"),
+        (["train", "--steps", "0"], "steps must be from 1"),
         (["train", "--dims", "1000000"], "dims must be from 1"),
         (["train", "--operator", "hla9"], "operator must be"),
         (["train", "--lr", "nan"], "lr must be finite"),

@@ -1,8 +1,10 @@
 """What goes wrong in a run: it stops in one line, and what was saved stays good."""
 
 import dataclasses
+import gc
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,10 +20,10 @@ from mlx_hla.errors import InputError
 from mlx_hla.losses import Scorer
 from mlx_hla.models import LanguageModel, ModelConfig, load, save
 from mlx_hla.tokenizer import train_tokenizer
-from mlx_hla.train import course, preset, resume, train
+from mlx_hla.train import TrainConfig, course, estimate, preset, report, resume, train
 from mlx_hla.train.checkpoint import find_checkpoints
 from mlx_hla.train.step import Trainer
-from mlx_hla.trees import finite
+from mlx_hla.trees import finite, flat
 
 MODEL = {"vocab_size": 380, "dims": 16, "num_layers": 1, "num_heads": 2, "hidden_dims": 24, "context": 16}
 SETTINGS = {
@@ -174,6 +176,60 @@ def test_a_small_corpus_gives_a_small_vocabulary_and_says_so(tmp_path, capsys):
     config = load(out)[0].config
     assert 363 <= config.vocab_size < 4096
     assert f"gives {config.vocab_size} tokens: vocab_size is that, and not 4096" in capsys.readouterr().out
+
+
+# --- memory and time
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ({}, {}),
+        ({"dims": 128, "num_layers": 4, "context": 256}, {"batch_size": 4}),
+        ({"dims": 64, "vocab_size": 4096, "context": 128}, {"batch_size": 4, "accumulate": 2}),
+        ({"dims": 64, "hidden_dims": 512, "operator": "softmax", "context": 128}, {"batch_size": 8}),
+        ({"dims": 128, "context": 256}, {"batch_size": 4, "dtype": "bfloat16"}),
+    ],
+    ids=range(5),
+)
+def test_the_estimate_of_memory_is_near_the_peak(model, settings):
+    config = ModelConfig(**{**MODEL, "num_layers": 2, "dims": 64, "context": 64, **model})
+    settings = TrainConfig(**{**SETTINGS, "dropout": 0.2, "warmup": 0, **settings})
+    gc.collect()
+    trainer = Trainer(LanguageModel(config), settings)
+    batch = mx.zeros((settings.batch_size, config.context + 1), mx.int32)
+    mx.eval(trainer.params, trainer.state)
+    before = mx.get_active_memory() - sum(a.nbytes for a in flat((trainer.params, trainer.state)).values())
+    mx.reset_peak_memory()
+    trainer.step(0, [batch] * settings.accumulate)
+    mx.eval(trainer.params)
+    peak = mx.get_peak_memory() - before
+    assert peak / 2 < estimate.step_bytes(config, settings) < 2 * peak
+
+
+@pytest.mark.parametrize("big", [{"batch_size": 10**8 - 1}, {"accumulate": 10**8 - 1, "batch_size": 80}])
+def test_a_step_beyond_memory_is_refused(corpus, tmp_path, big):
+    with pytest.raises(InputError, match=r"a step needs about .* GB and this device has .*: take a smaller"):
+        train(*configs(corpus, tmp_path / "run", **big))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_tells_its_memory_and_its_time(corpus, tmp_path, capsys):
+    train(*configs(corpus, tmp_path / "run", steps=12, log_every=100))
+    said = capsys.readouterr().out
+    assert re.search(r"; about 0\.00\d+ GB of memory\n", said)
+    assert re.search(r"^10 steps took \d+\.\d s: about 0 seconds for the 2 left$", said, re.MULTILINE)
+    assert estimate.pace(10, 10, 1590) == "10 steps took 10.0 s: about 26 minutes for the 1,590 left"
+    assert estimate.pace(100, 10, 1590) == "10 steps took 100.0 s: about 4 hours for the 1,590 left"
+
+
+def test_the_pace_is_no_matter_of_two_steps_read_at_once(tmp_path):
+    r = report.Report(tmp_path, start=0, steps=100, tokens_per_step=1000, log_every=1)
+    time.sleep(0.25)
+    for n in range(1, 6):
+        r.step(n, 1.0, 1.0, 1.0)
+    r.close()
+    assert 0 < r._tps < 4000
 
 
 # --- the log

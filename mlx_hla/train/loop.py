@@ -19,6 +19,7 @@ from mlx_hla.models.io import CONFIG, WEIGHTS
 from mlx_hla.tokenizer import Tokenizer, train_tokenizer
 from mlx_hla.train.checkpoint import Checkpoint, find_checkpoints, load_checkpoint
 from mlx_hla.train.course import Course
+from mlx_hla.train.estimate import check_memory
 from mlx_hla.train.folder import held
 from mlx_hla.train.presets import TrainConfig
 from mlx_hla.train.report import Report, require
@@ -58,6 +59,7 @@ def train(config: ModelConfig, settings: TrainConfig) -> Result:
                 flush=True,
             )
         config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+    check_memory(config, settings)
     model = LanguageModel(config, settings.seed)
     trainer = Trainer(model, settings)
     with held(out):
@@ -117,7 +119,8 @@ def _run(run: Checkpoint, corpus: data.Corpus) -> Result:
     )
     report.say(
         f"{model.config.operator} model of {model.num_parameters:,} parameters; {len(stream):,} tokens of "
-        f"{sizes[stream].mean():.2f} bytes; steps of {per_step:,} tokens; {mx.default_device()}"
+        f"{sizes[stream].mean():.2f} bytes; steps of {per_step:,} tokens; {mx.default_device()}; "
+        f"about {check_memory(model.config, settings) / 1e9:.2g} GB of memory"
     )
     report.event(
         "resume" if run.step else "start",

@@ -10,9 +10,10 @@ from typing import TypeVar
 from mlx_hla.data import parse_suffixes
 from mlx_hla.errors import InputError
 from mlx_hla.models import ModelConfig
-from mlx_hla.settings import check_types, from_dict, option
+from mlx_hla.settings import check_types, check_whole, from_dict, option
 
 T = TypeVar("T")
+MOST = 10**8 - 1  # a checkpoint's name has eight digits
 DTYPES = ("auto", "bfloat16", "float32")
 
 
@@ -52,13 +53,12 @@ class TrainConfig:
                 raise InputError(f"{name} must be a path, got ''")
         parse_suffixes(self.suffix)
         for name in ("steps", "batch_size", "accumulate", "valid_every", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.seed >= 2**32:
-            raise InputError(f"seed must be below 2**32, got {self.seed}")
-        for name in ("seed", "warmup", "valid_batches", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+            check_whole(name, getattr(self, name), 1, MOST)
+        for name in ("warmup", "valid_batches"):
+            check_whole(name, getattr(self, name), 0, MOST)
+        check_whole("seed", self.seed, 0, 2**32 - 1)
+        if self.weight_decay < 0:
+            raise InputError(f"weight_decay must not be negative, got {self.weight_decay}")
         for name in ("final_lr", "beta1", "beta2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")

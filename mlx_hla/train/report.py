@@ -13,8 +13,10 @@ import mlx.core as mx
 from mlx_hla.errors import InputError
 from mlx_hla.files import read_bytes, write_atomic
 from mlx_hla.settings import parse_json
+from mlx_hla.train.estimate import pace
 
 MAX_LOG_BYTES = 1 << 28
+PACE_STEPS = 10  # after so many, the run says how long it will take
 LOG, PICTURE = "log.jsonl", "loss.png"
 
 
@@ -46,6 +48,7 @@ class Report:
             self._bar = require("tqdm").tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
         self._valid: float | None = None
         self._mark_time, self._mark_step = time.perf_counter(), start
+        self._start_time, self._start_step = self._mark_time, start
         self._tps = 0.0
 
     def event(self, kind: str, **values) -> None:
@@ -66,6 +69,9 @@ class Report:
 
     def step(self, step: int, loss: float, norm: float, lr: float) -> None:
         self.event("step", step=step, loss=loss, grad_norm=norm, lr=lr)
+        taken, left = step - self._start_step, self._steps - step
+        if taken == PACE_STEPS and left:
+            self.say(pace(time.perf_counter() - self._start_time, taken, left))
         due = step % self._every == 0 or step == self._steps
         if due:
             self._measure(step)
@@ -118,7 +124,9 @@ class _Pause:
         self._start = time.perf_counter()
 
     def __exit__(self, *_):
-        self._report._mark_time += time.perf_counter() - self._start
+        seconds = time.perf_counter() - self._start
+        self._report._mark_time += seconds
+        self._report._start_time += seconds
 
 
 def _line(event: dict) -> str:
