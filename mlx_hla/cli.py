@@ -151,7 +151,11 @@ def _train_arguments(parser):
     parser.add_argument(
         "--preset", choices=PRESETS, default="small", help=f"{presets}. Defaults below are those of small"
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, as it was set up")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out, as it was set up; --steps may be other",
+    )
     add_fields(parser.add_argument_group("training"), TrainConfig)
     add_fields(parser.add_argument_group("model"), ModelConfig)
 
@@ -162,12 +166,16 @@ def _train(args) -> int:
 
     model, settings = given(args, ModelConfig), given(args, TrainConfig)
     if args.resume:
-        extra = sorted({*model, *settings} - {"out"})
+        extra = sorted({*model, *settings} - {"out", "steps"})
         if extra:
             flags = ", ".join("--" + n.replace("_", "-") for n in extra)
             raise InputError(f"a resumed run keeps its settings: leave out {flags}")
-        result = resume(settings.get("out", PRESETS[args.preset].train.out))
+        result = resume(settings.get("out", PRESETS[args.preset].train.out), settings.get("steps"))
     else:
+        fixed = sorted(set(model) - {"context"})
+        if fixed and settings.get("init_from") is not None:
+            flag = "--" + fixed[0].replace("_", "-")
+            raise InputError(f"the weights of --init-from say what the model is: leave out {flag}")
         if "vocab_size" in model and settings.get("tokenizer") is not None:
             raise InputError("the tokenizer says how many tokens there are: leave out --vocab-size")
         result = train(*preset(args.preset, model, settings))

@@ -104,6 +104,15 @@ def load_checkpoint(out: Path) -> Checkpoint:
     return Checkpoint(step, settings, model, tokenizer, trainer, corpus)
 
 
+def lengthened(run: Checkpoint, steps: int) -> Checkpoint:
+    """The same run with another number of steps in all."""
+    settings = dataclasses.replace(run.settings, steps=steps)
+    if steps <= run.step:
+        raise InputError(f"{settings.out}: has taken {run.step} steps; steps must be more, got {steps}")
+    run.trainer.settings = settings
+    return run._replace(settings=settings)
+
+
 def _load(path: Path, like: dict) -> dict:
     wanted = flat(like)
     tensors = load_tensors(path, wanted, ("F32",))

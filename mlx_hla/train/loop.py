@@ -14,10 +14,11 @@ from mlx_hla.devices import compute_dtype
 from mlx_hla.errors import InputError
 from mlx_hla.files import as_path
 from mlx_hla.losses import Scorer
-from mlx_hla.models import LanguageModel, ModelConfig, save
+from mlx_hla.models import LanguageModel, ModelConfig, load, save
 from mlx_hla.models.io import CONFIG, WEIGHTS
+from mlx_hla.models.quantization import entry_of
 from mlx_hla.tokenizer import Tokenizer, train_tokenizer
-from mlx_hla.train.checkpoint import Checkpoint, find_checkpoints, load_checkpoint
+from mlx_hla.train.checkpoint import Checkpoint, find_checkpoints, lengthened, load_checkpoint
 from mlx_hla.train.course import Course
 from mlx_hla.train.estimate import check_memory
 from mlx_hla.train.folder import held
@@ -41,15 +42,53 @@ def train(config: ModelConfig, settings: TrainConfig) -> Result:
             raise InputError(f"{name} must be a {kind.__name__}, got {repr(value)[:60]}")
     _check_extra()
     # A run may be resumed from another folder than the one that it was begun in.
-    for name in ("data", "tokenizer"):
+    for name in ("data", "tokenizer", "init_from"):
         if (path := getattr(settings, name)) is not None:
             settings = dataclasses.replace(settings, **{name: os.path.abspath(path)})
     out = Path(settings.out)
     _check_fresh(out)
     corpus = _read_corpus(settings)
+    model, tokenizer = _begin(config, settings, corpus)
+    trainer = Trainer(model, settings)
+    with held(out):
+        _check_fresh(out)  # another run may have come and gone while this one read
+        return _run(Checkpoint(0, settings, model, tokenizer, trainer, corpus.digest), corpus)
+
+
+def resume(out: str | Path, steps: int | None = None) -> Result:
+    """Go on with the run in `out` from its last checkpoint, with the settings that it has.
+
+    `steps`: as many in all, instead of the run's own number; from here on the learning rate is that of a run
+    which was to have so many from its start. A finished run can be lengthened.
+    """
+    _check_extra()
+    out = as_path("out", out)
+    if not find_checkpoints(out):
+        raise InputError(f"{out}: no checkpoint to resume from")
+    with held(out):
+        saved = load_checkpoint(out)
+        if steps is not None:
+            saved = lengthened(saved, steps)
+        corpus = _read_corpus(saved.settings)
+        if corpus.digest != saved.corpus:
+            raise InputError(f"{out}: the corpus ({corpus.name}) is not the one that the run began with")
+        return _run(saved, corpus)
+
+
+def _begin(
+    config: ModelConfig, settings: TrainConfig, corpus: data.Corpus
+) -> tuple[LanguageModel, Tokenizer]:
+    """A model to train, and the tokenizer of its texts."""
+    if settings.init_from is not None:
+        model, tokenizer = load(settings.init_from, mx.float32)
+        if entry_of(model) is not None:
+            raise InputError(f"{settings.init_from}: is quantised: packed weights cannot be trained")
+        # All that the weights fit comes with them; how long a text is trained on does not.
+        model.config = dataclasses.replace(model.config, context=config.context)
+        check_memory(model.config, settings)
+        return model, tokenizer
     if settings.tokenizer is not None:
         tokenizer = Tokenizer.load(settings.tokenizer)
-        config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     else:
         tokenizer = train_tokenizer(corpus.train, config.vocab_size)
         if tokenizer.vocab_size < config.vocab_size:
@@ -58,27 +97,9 @@ def train(config: ModelConfig, settings: TrainConfig) -> Result:
                 f"and not {config.vocab_size}",
                 flush=True,
             )
-        config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+    config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     check_memory(config, settings)
-    model = LanguageModel(config, settings.seed)
-    trainer = Trainer(model, settings)
-    with held(out):
-        _check_fresh(out)  # another run may have come and gone while this one read
-        return _run(Checkpoint(0, settings, model, tokenizer, trainer, corpus.digest), corpus)
-
-
-def resume(out: str | Path) -> Result:
-    """Go on with the run in `out` from its last checkpoint, with the settings that it has."""
-    _check_extra()
-    out = as_path("out", out)
-    if not find_checkpoints(out):
-        raise InputError(f"{out}: no checkpoint to resume from")
-    with held(out):
-        saved = load_checkpoint(out)
-        corpus = _read_corpus(saved.settings)
-        if corpus.digest != saved.corpus:
-            raise InputError(f"{out}: the corpus ({corpus.name}) is not the one that the run began with")
-        return _run(saved, corpus)
+    return LanguageModel(config, settings.seed), tokenizer
 
 
 def _check_fresh(out: Path) -> None:

@@ -24,6 +24,7 @@ class TrainConfig:
     out: str = option("runs/small", "folder for the model, checkpoints, log and picture")
     data: str | None = option(None, "folder or file of text; none: the Python standard library")
     tokenizer: str | None = option(None, "a tokenizer.model; none: learn one from the corpus")
+    init_from: str | None = option(None, "a model's folder: start from its weights, with its tokenizer")
     suffix: str | None = option(None, "read files that end so, as .swift,.h; none: Python, prose, .jsonl")
     max_bytes: int | None = option(None, "read no more of the corpus than this")
     valid_fraction: float = option(0.05, "share of the files that validate")
@@ -48,9 +49,11 @@ class TrainConfig:
 
     def __post_init__(self):
         check_types(self)
-        for name in ("out", "data", "tokenizer"):
+        for name in ("out", "data", "tokenizer", "init_from"):
             if getattr(self, name) == "":
                 raise InputError(f"{name} must be a path, got ''")
+        if self.init_from is not None and self.tokenizer is not None:
+            raise InputError("init_from brings a tokenizer of its own: leave out tokenizer")
         parse_suffixes(self.suffix)
         for name in ("steps", "batch_size", "accumulate", "valid_every", "save_every", "log_every"):
             check_whole(name, getattr(self, name), 1, MOST)
