@@ -1,7 +1,22 @@
-"""`python -m mlx_hla` is `mlx-hla`."""
+"""`mlx-hla`, and `python -m mlx_hla`."""
 
+import signal
 import sys
 
-from mlx_hla.cli import main
 
-sys.exit(main())
+def main() -> int:
+    # While the imports run, Ctrl-C just ends the program: it would be a traceback from somewhere in them.
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from mlx_hla.cli import main as run
+
+    try:
+        signal.signal(signal.SIGINT, before)
+        return run()
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

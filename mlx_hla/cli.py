@@ -16,7 +16,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from mlx_hla import __version__
-from mlx_hla.errors import InputError
+from mlx_hla.errors import InputError, about_import
+
+MAX_PROMPT_BYTES = 1 << 24
 
 
 class Command(NamedTuple):
@@ -122,11 +124,15 @@ def _generate(args) -> int:
 
 
 def _read_prompt(prompt: str | None) -> str:
-    if prompt is None and sys.stdin.isatty():
+    stdin = sys.stdin  # None where it was closed
+    if (prompt is None and (stdin is None or stdin.isatty())) or (prompt == "-" and stdin is None):
         raise InputError("no prompt: give --prompt TEXT, or text on stdin")
     if prompt is None or prompt == "-":
         try:
-            prompt = sys.stdin.buffer.read().decode()
+            data = stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+            if len(data) > MAX_PROMPT_BYTES:
+                raise InputError(f"the prompt on stdin is larger than {MAX_PROMPT_BYTES} bytes")
+            prompt = data.decode()
         except UnicodeDecodeError as e:
             raise InputError(f"the prompt on stdin is no UTF-8 (byte {e.start})") from None
     if not prompt:
@@ -145,7 +151,11 @@ def _train_arguments(parser):
     parser.add_argument(
         "--preset", choices=PRESETS, default="small", help=f"{presets}. Defaults below are those of small"
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, as it was set up")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out, as it was set up; --steps may be other",
+    )
     add_fields(parser.add_argument_group("training"), TrainConfig)
     add_fields(parser.add_argument_group("model"), ModelConfig)
 
@@ -156,12 +166,18 @@ def _train(args) -> int:
 
     model, settings = given(args, ModelConfig), given(args, TrainConfig)
     if args.resume:
-        extra = sorted({*model, *settings} - {"out"})
+        extra = sorted({*model, *settings} - {"out", "steps"})
         if extra:
             flags = ", ".join("--" + n.replace("_", "-") for n in extra)
             raise InputError(f"a resumed run keeps its settings: leave out {flags}")
-        result = resume(settings.get("out", PRESETS[args.preset].train.out))
+        result = resume(settings.get("out", PRESETS[args.preset].train.out), settings.get("steps"))
     else:
+        fixed = sorted(set(model) - {"context"})
+        if fixed and settings.get("init_from") is not None:
+            flag = "--" + fixed[0].replace("_", "-")
+            raise InputError(f"the weights of --init-from say what the model is: leave out {flag}")
+        if "vocab_size" in model and settings.get("tokenizer") is not None:
+            raise InputError("the tokenizer says how many tokens there are: leave out --vocab-size")
         result = train(*preset(args.preset, model, settings))
     return 0 if result.finished else 130
 
@@ -175,6 +191,7 @@ def _eval_arguments(parser):
     add = parser.add_argument
     add("--model", help="folder of a model; by default the one that ships with the package")
     add("--data", help="folder or file of text; by default the Python standard library")
+    add("--suffix", help="read the files of a folder that end so, as .swift,.h")
     add("--valid-fraction", type=float, default=0.05, help="share of the files that validate, as in training")
     add("--batch-size", type=int, default=8, help="windows at a time")
     add("--valid-batches", type=int, default=0, help="batches at most; 0: all of the validation text")
@@ -196,7 +213,7 @@ def _eval(args) -> int:
             raise InputError(f"{name} must be at least {least}, got {getattr(args, name)}")
     sampling = Sampling(**{"seed": 0, **given(args, Sampling)})
     model, tokenizer = load(args.model)
-    corpus = data.load_corpus(args.data, args.valid_fraction)
+    corpus = data.load_corpus(args.data, args.valid_fraction, suffix=args.suffix)
     scorer = evaluate.Scorer(
         model,
         data.encode_texts(tokenizer, corpus.valid),
@@ -206,13 +223,11 @@ def _eval(args) -> int:
         dtype=compute_dtype(),
         max_batches=args.valid_batches,
     )
-    params = model.parameters()
     result = {
         "corpus": corpus.describe(),
         "valid_bytes": scorer.bytes,
-        "nats_per_byte": scorer(params),
+        "nats_per_byte": scorer(model.parameters()),
     }
-    model.update(params)  # the scorer leaves its casts of them in the model
     samples = []
     if args.samples:
         share, count, samples = evaluate.parse_share(
@@ -246,19 +261,19 @@ def _info_arguments(parser):
 
 def _info(args) -> int:
     import mlx.core as mx
-    from mlx.utils import tree_flatten
 
     from mlx_hla.models import PRETRAINED, load
-    from mlx_hla.models.cache import cache_bytes
     from mlx_hla.models.io import WEIGHTS, read_header
+    from mlx_hla.models.quantization import entry_of, parameter_counts
+    from mlx_hla.nn.cache import cache_bytes
 
-    folder = args.model or PRETRAINED
+    folder = PRETRAINED if args.model is None else args.model
     model, tokenizer = load(folder)
     config = model.config
     parts = {"embedding": 0, "mixers": 0, "mlps": 0, "norms": 0}
-    for name, a in tree_flatten(model.parameters()):
+    for name, count in parameter_counts(model).items():
         kind = "mixers" if ".mixer." in name else "mlps" if ".mlp." in name else name.split(".")[0]
-        parts[kind if kind in parts else "norms"] += a.size
+        parts[kind if kind in parts else "norms"] += count
     state = {}
     for tokens in (1, 1024):
         cache = model.make_cache()
@@ -267,6 +282,7 @@ def _info(args) -> int:
     result = {
         "model": str(folder),
         "config": dataclasses.asdict(config),
+        "quantization": entry_of(model),
         "parameters": model.num_parameters,
         "parameters_by_part": parts,
         "weights_bytes": os.path.getsize(os.path.join(folder, WEIGHTS)),
@@ -281,6 +297,8 @@ def _info(args) -> int:
     print(f"  weights: {result['weights_bytes'] / 1e6:.2f} MB of {', '.join(result['weights_dtypes'])}")
     shown = ", ".join(f"{n:,} bytes after {tokens} tokens" for tokens, n in state.items())
     print(f"  state of one text: {shown}")
+    if result["quantization"]:
+        print(f"  quantization: {json.dumps(result['quantization'])}")
     for name, value in result["config"].items():
         print(f"  {name}: {value}")
     return 0
@@ -329,27 +347,48 @@ def make_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+def _open_standard_streams() -> None:
+    """Where stdin, stdout or stderr was closed, the next file would get its number, and what is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            if getattr(sys, name) is None and number:
+                setattr(sys, name, os.fdopen(number, "w"))
+
+
+def _give_up_stdout() -> None:
+    """Python would complain once more when it closes a stdout that takes nothing."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    chosen = next((a for a in argv if not a.startswith("-")), None)
-    args = make_parser(chosen).parse_args(argv)
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no error
     try:
+        chosen = next((a for a in argv if not a.startswith("-")), None)
+        args = make_parser(chosen).parse_args(argv)
         status = COMMANDS[args.command].run(args)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except BrokenPipeError:
-        # The reader has gone. Python would complain once more when it closes stdout at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()  # the reader has gone
         return 141
     except Exception as e:
         if os.environ.get("MLX_HLA_DEBUG"):
             raise
-        kind = "" if isinstance(e, InputError | OSError) else f"{type(e).__name__}: "
-        message, status = kind + (" ".join(str(e).split()) or type(e).__name__), 1
+        kind = "" if isinstance(e, InputError | OSError | ImportError) else f"{type(e).__name__}: "
+        text = about_import(e) if isinstance(e, ImportError) else str(e)
+        message, status = kind + (" ".join(text.split()) or type(e).__name__), 1
+        _give_up_stdout()
     sys.stderr.write(f"mlx-hla: error: {message}\n")
     return status

@@ -1,23 +1,30 @@
 """Text to train on: files, their split, and batches of tokens.
 
 The default corpus is the Python standard library of the interpreter that runs: nothing is downloaded. A file
-belongs to the validation part by a hash of its path: the split is the same on every machine, and a file does
-not change sides between versions of Python, so a model is never validated on what it was trained on.
+belongs to the validation part by a hash of its path, a line of JSON by a hash of its text: the split is the
+same on every machine, and a file does not change sides between versions of Python, so a model is never
+validated on what it was trained on.
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import io
 import os
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_hla.errors import InputError
+from mlx_hla.files import as_path, open_regular
+from mlx_hla.settings import check_number, check_whole, parse_json
 from mlx_hla.tokenizer import Tokenizer
 
 # Never part of a corpus, wherever it is. Tests are left out: they would be a third of the library.
@@ -25,19 +32,21 @@ SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-package
 TEST_FOLDERS = {"test", "tests", "idle_test", "testmock"}
 # Generated files of the library: translation tables, help texts, and this machine's build settings.
 GENERATED = ("encodings/", "pydoc_data/", "_sysconfigdata", "config-")
-TEXT_SUFFIXES = {".py", ".pyi", ".txt", ".md", ".rst"}
-MAX_FILE_BYTES = 64 * 2**20
+TEXT_SUFFIXES = (".py", ".pyi", ".txt", ".md", ".rst", ".jsonl")
+PIECE_BYTES = 4 * 2**20  # a longer file is several texts, cut where a line ends
+MAX_CORPUS_BYTES = 2 * 2**30  # it is held in memory, as text and as tokens
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts of the training and the validation part. `skipped` files are too large or no UTF-8."""
+    """Texts of the training and the validation part. `skipped` files were not read; `why`, of the first."""
 
     name: str
     train: tuple[str, ...]
     valid: tuple[str, ...]
     skipped: int
     digest: str  # of every text and its side: equal digests mean equal corpora
+    why: str = field(default="", compare=False)
 
     def describe(self) -> str:
         sizes = [sum(len(t.encode()) for t in part) / 1e6 for part in (self.train, self.valid)]
@@ -45,61 +54,99 @@ class Corpus:
             f"{self.name}: {len(self.train)} + {len(self.valid)} texts, "
             f"{sizes[0]:.2f} MB to train, {sizes[1]:.2f} MB to validate"
         )
-        return line + (f"; {self.skipped} files left out as unreadable" if self.skipped else "")
+        return line + (f"; {self.skipped} files left out ({self.why})" if self.skipped else "")
 
 
 def load_corpus(
-    path: str | Path | None = None, valid_fraction: float = 0.05, max_bytes: int | None = None
+    path: str | Path | None = None,
+    valid_fraction: float = 0.05,
+    max_bytes: int | None = None,
+    suffix: str | None = None,
 ) -> Corpus:
-    """Read a folder or file, or the standard library, and split it by file.
+    """Read a folder or file, or the standard library, and split it by file, JSON lines by line.
 
-    A corpus whose files all fall on one side (a single file, say) is split inside its texts: the last
-    `valid_fraction` of the lines of each validate. `max_bytes` stops reading once that much is there.
+    A corpus whose texts all fall on one side (a single file, say) is split inside its texts: the last
+    `valid_fraction` of the lines of each validate. `max_bytes` stops reading there, at the end of a line.
+    `suffix`: of the files of a folder to read, several with commas; by default TEXT_SUFFIXES. Files that end
+    in .jsonl hold a JSON object a line, of which the field "text" counts.
     """
-    if not 0 < valid_fraction < 1:
+    if not 0 < check_number("the validation fraction", valid_fraction) < 1:
         raise InputError(f"the validation fraction must be between 0 and 1, got {valid_fraction}")
+    most = MAX_CORPUS_BYTES if max_bytes is None else check_whole("max_bytes", max_bytes, 1, MAX_CORPUS_BYTES)
+    suffixes = parse_suffixes(suffix)
     if path is None:
         root, name = Path(sysconfig.get_path("stdlib")), "the Python standard library"
-        files = [
-            f for f in _walk(root, {".py"}, TEST_FOLDERS) if not _relative(f, root).startswith(GENERATED)
-        ]
+        files = [f for f in _walk(root, TEST_FOLDERS) if f.suffix == ".py"]
+        files = [f for f in files if not _relative(f, root).startswith(GENERATED)]
     else:
-        root, name = Path(path), str(path)
-        if not root.exists():
+        root, name = as_path("the corpus", path), str(path)
+        if not root.exists() and not root.is_symlink():
             raise InputError(f"{root}: no such file or folder")
-        files = list(_walk(root, TEXT_SUFFIXES, set())) if root.is_dir() else [root]
+        files = [f for f in _walk(root, set()) if f.suffix in suffixes] if root.is_dir() else [root]
     sides: tuple[list[str], list[str]] = ([], [])
-    seen, skipped, total = set(), 0, 0
+    seen, skipped, why, left = set(), 0, "", most
     # By hash, so that a corpus cut short by max_bytes is a fair sample and not the letters a to c.
     for key, file in sorted((_hash(_relative(f, root)), f) for f in files):
-        if max_bytes is not None and total >= max_bytes:
+        if left <= 0:
             break
-        text = _read(file)
-        if text is None:
-            skipped += 1
-        elif text.strip() and text not in seen:
-            seen.add(text)
-            total += len(text.encode())
-            # The side must not follow from the order, so it uses other bytes of the hash.
-            sides[int.from_bytes(key[8:16], "big") < valid_fraction * 2**64].append(text)
+        try:
+            texts = list(_texts(file, key, left if max_bytes else None))
+        except InputError as e:
+            if file == root:
+                raise
+            skipped, why = skipped + 1, why or str(e)
+            continue
+        for side, text in texts:
+            if text.strip() and text not in seen and left > 0:
+                part = text if len(text.encode()) <= left else _cut(text, left)
+                left -= len(text.encode())
+                seen.add(text)
+                # The side must not follow from the order, so it uses other bytes of the hash.
+                sides[int.from_bytes(side[8:16], "big") < valid_fraction * 2**64].append(part)
+        if left < 0 and max_bytes is None:
+            raise InputError(f"{name}: more than {MAX_CORPUS_BYTES} bytes; take a part with max_bytes")
     train, valid = sides
     if not train or not valid:
         train, valid = _split_inside(train + valid, valid_fraction)
     if not train or not valid:
-        found = f"{len(files)} files, {skipped} of them unreadable" if files else "no files of text"
-        raise InputError(f"{name}: the corpus is empty or too small to split ({found})")
+        reason = _missing(root, files, suffixes, skipped, why)
+        raise InputError(f"{name}: the corpus is empty or too small to split ({reason})")
     digest = hashlib.sha256()
-    for part in (train, valid):
-        for text in part:
+    for chosen in (train, valid):
+        for text in chosen:
             digest.update(hashlib.sha256(text.encode()).digest())
         digest.update(b"|")
-    return Corpus(name, tuple(train), tuple(valid), skipped, digest.hexdigest())
+    return Corpus(name, tuple(train), tuple(valid), skipped, digest.hexdigest(), why)
 
 
-def _walk(root: Path, suffixes: set[str], left_out: set[str]) -> Iterator[Path]:
+def parse_suffixes(suffix: str | None) -> Collection[str]:
+    """ ".swift,h" to .swift and .h."""
+    if suffix is None:
+        return TEXT_SUFFIXES
+    if not isinstance(suffix, str):
+        raise InputError(f"suffix must be text such as .swift,.h, got {repr(suffix)[:60]}")
+    found = {"." + s.strip().lstrip(".") for s in suffix.split(",")}
+    if "." in found or any("/" in s or "." in s[1:] for s in found):
+        raise InputError(f"suffix must be ends of file names such as .swift,.h, got {suffix[:60]!r}")
+    return found
+
+
+def _missing(root: Path, files: list[Path], suffixes: Collection[str], skipped: int, why: str) -> str:
+    """Why a corpus has no text, in words."""
+    if skipped:
+        return f"{skipped} of {len(files)} files left out: {why}"
+    if files:
+        return f"{len(files)} files"
+    others = Counter(f.suffix for f in _walk(root, set()) if f.suffix)
+    there = ", ".join(f"{s} ({n})" for s, n in others.most_common(4))
+    asked = f"no files that end in {', '.join(sorted(suffixes))}"
+    return asked + (f", but in {there}: choose with suffix" if there else "")
+
+
+def _walk(root: Path, left_out: set[str]) -> Iterator[Path]:
     for folder, folders, names in os.walk(root):
         folders[:] = [f for f in folders if f not in SKIPPED_FOLDERS | left_out and not f.startswith(".")]
-        yield from (Path(folder, n) for n in names if Path(n).suffix in suffixes)
+        yield from (Path(folder, n) for n in names)
 
 
 def _relative(file: Path, root: Path) -> str:
@@ -110,18 +157,61 @@ def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
 
 
-def _read(file: Path) -> str | None:
-    try:
-        if file.stat().st_size > MAX_FILE_BYTES:
-            return None
-        text = file.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError):
-        return None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+def _texts(file: Path, key: bytes, most: int | None) -> Iterator[tuple[bytes, str]]:
+    """The texts of a file, each with the hash that decides its side; it stops after `most` bytes or more."""
+    with open_regular(file, MAX_CORPUS_BYTES if most is None else 1 << 62) as opened:
+        got = 0
+        for side, text in (_json_texts if file.suffix == ".jsonl" else _plain_texts)(opened, file):
+            yield side or key, text
+            got += len(text.encode())
+            if most is not None and got >= most:
+                return
+
+
+def _plain_texts(opened: BinaryIO, file: Path) -> Iterator[tuple[bytes, str]]:
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    while True:
+        raw = opened.read(PIECE_BYTES)
+        raw += opened.readline(PIECE_BYTES)
+        try:
+            text = decoder.decode(raw, final=not raw)
+        except UnicodeDecodeError as e:
+            place = opened.tell() - len(e.object) + e.start
+            raise InputError(f"{file}: no UTF-8 (byte {place}), and no other encoding is read") from None
+        if text:
+            yield b"", text
+        if not raw:
+            return
+
+
+def _json_texts(opened: BinaryIO, file: Path) -> Iterator[tuple[bytes, str]]:
+    number = 0
+    while line := opened.readline(PIECE_BYTES):
+        number += 1
+        if not line.strip():
+            continue
+        if len(line) == PIECE_BYTES:
+            raise InputError(f"{file}: line {number} has more than {PIECE_BYTES} bytes")
+        value = parse_json(line, f"{file}: line {number}")
+        text = value.get("text") if isinstance(value, dict) else None
+        try:
+            if not isinstance(text, str):
+                raise ValueError
+            yield hashlib.sha256(text.encode()).digest(), text
+        except ValueError:  # or a lone surrogate, which JSON can write and UTF-8 cannot
+            raise InputError(f'{file}: line {number} is no object with a "text"') from None
+
+
+def _cut(text: str, size: int) -> str:
+    """The whole lines of `text` within `size` bytes; at least a part of the first."""
+    part = text.encode()[:size].decode(errors="ignore")
+    end = part.rfind("\n") + 1
+    return part[:end] if end else part
 
 
 def _split_inside(texts: list[str], fraction: float) -> tuple[list[str], list[str]]:
-    train, valid = [], []
+    train: list[str] = []
+    valid: list[str] = []
     for text in texts:
         lines = text.splitlines(keepends=True)
         cut = len(lines) - max(1, round(fraction * len(lines)))
@@ -151,6 +241,9 @@ class Batches:
     """
 
     def __init__(self, stream: np.ndarray, batch_size: int, context: int, seed: int):
+        check_whole("batch_size", batch_size, 1)
+        check_whole("context", context, 1)
+        check_whole("seed", seed, 0)
         if len(stream) < context + 1:
             raise InputError(
                 f"the corpus has {len(stream)} tokens, fewer than one window of {context} + 1; "
@@ -166,21 +259,3 @@ class Batches:
         starts = np.random.default_rng([self.seed, step]).integers(0, self.places, self.batch_size)
         index = mx.array(starts.astype(np.int32))[:, None] + self._window
         return self._stream[index].astype(mx.int32)
-
-
-def windows(stream: np.ndarray, batch_size: int, context: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The stream in order, every token predicted once: (tokens [B, context + 1], real [B, context]).
-
-    `real` is False on the padding of the last batch. Every batch has the same shape, so nothing recompiles.
-    """
-    if len(stream) < 2:
-        raise InputError(f"the validation text has {len(stream)} tokens: too few to predict one from another")
-    starts = range(0, len(stream) - 1, context)
-    for first in range(0, len(starts), batch_size):
-        tokens = np.zeros((batch_size, context + 1), np.int32)
-        real = np.zeros((batch_size, context), bool)
-        for row, start in enumerate(starts[first : first + batch_size]):
-            part = stream[start : start + context + 1]
-            tokens[row, : len(part)] = part
-            real[row, : len(part) - 1] = True
-        yield tokens, real

@@ -3,3 +3,15 @@
 
 class InputError(ValueError):
     """What the caller gave cannot be used; the message says what, and what was expected."""
+
+
+def about_import(error: ImportError) -> str:
+    """What to install, for an import that failed."""
+    if "libmlx" in str(error):
+        return (
+            "MLX's library is missing: on Linux it comes with one of three extras: pip install "
+            "'mlx-hla[cpu]', or for an NVIDIA GPU 'mlx-hla[cuda12]' or 'mlx-hla[cuda13]'"
+        )
+    if (error.name or "").split(".")[0] == "mlx":
+        return "MLX is not installed: pip install mlx-hla, on Linux 'mlx-hla[cpu]' or 'mlx-hla[cuda13]'"
+    return f"{error} (is mlx-hla installed whole?)"

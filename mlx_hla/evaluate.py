@@ -1,8 +1,4 @@
-"""How good a model is: nats per byte of held-out text, and the share of its completions that are Python.
-
-Nats per byte. The stream of tokens is cut into windows of the context's length; every token is predicted
-once, from those before it in its window; the sum of the losses, those of the document ends included, is
-divided by the bytes of text that the predicted tokens stand for.
+"""How good a model is: nats per byte of text (`losses`), and the share of its completions that are Python.
 
 Share that parses. A prompt is the first line of a function at the top level of a validation file, drawn with
 replacement. The model continues it for a number of tokens at most. What follows the function, from the first
@@ -18,65 +14,25 @@ import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_map
-
-from mlx_hla.data import windows
-from mlx_hla.devices import compiled
 from mlx_hla.errors import InputError
 from mlx_hla.generate import generate_step
+from mlx_hla.losses import Scorer, token_losses
 from mlx_hla.models import LanguageModel
 from mlx_hla.sampling import Sampling
+from mlx_hla.settings import check_whole
 from mlx_hla.tokenizer import Tokenizer
 
-
-def cast(params: dict, dtype: mx.Dtype) -> dict:
-    return tree_map(lambda a: a.astype(dtype), params)
-
-
-def token_losses(model: LanguageModel, params: dict, tokens: mx.array, **options) -> mx.array:
-    """Nats for each next token, [B, T - 1], float32, of the model with the weights `params`."""
-    model.update(params)
-    logits = model(tokens[:, :-1], **options)
-    return nn.losses.cross_entropy(logits.astype(mx.float32), tokens[:, 1:], reduction="none")
-
-
-class Scorer:
-    """Nats per byte of one stream of tokens, for the weights as they are at each call."""
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        stream: np.ndarray,
-        token_sizes: np.ndarray,
-        *,
-        batch_size: int,
-        context: int,
-        dtype: mx.Dtype,
-        max_batches: int = 0,
-    ):
-        self._batches = []
-        self.bytes = 0
-        for tokens, real in windows(stream, batch_size, context):
-            if max_batches and len(self._batches) == max_batches:
-                break
-            self._batches.append((mx.array(tokens), mx.array(real)))
-            self.bytes += int(token_sizes[tokens[:, 1:][real]].sum())
-        if not self.bytes:
-            raise InputError("the validation text has no bytes to predict")
-
-        def total(params, tokens, real):
-            return (token_losses(model, cast(params, dtype), tokens) * real).sum()
-
-        self._total = compiled(total)
-
-    def __call__(self, params: dict) -> float:
-        nats = 0.0
-        for tokens, real in self._batches:
-            nats += self._total(params, tokens, real).item()
-        return nats / self.bytes
+__all__ = [
+    "ParseResult",
+    "Scorer",
+    "complete_function",
+    "cut_function",
+    "function_headers",
+    "next_statement",
+    "parse",
+    "parse_share",
+    "token_losses",
+]
 
 
 def function_headers(texts: Sequence[str]) -> list[str]:
@@ -137,9 +93,11 @@ def parse_share(
     on_sample=lambda done: None,
 ) -> ParseResult:
     """Sample completions of randomly drawn headers and count those that parse (see above)."""
+    check_whole("samples", samples, 1)
+    check_whole("max_tokens", max_tokens, 1)
     if not headers:
         raise InputError("no function headers to complete: the validation text is no Python with functions")
-    sampling = sampling or Sampling(seed=0)
+    sampling = Sampling(seed=0) if sampling is None else sampling
     rng = random.Random(sampling.seed)
     texts = []
     for n in range(samples):

@@ -7,12 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_hla.devices import compiled
 from mlx_hla.errors import InputError
 from mlx_hla.models import LanguageModel
-from mlx_hla.models.cache import KVCache, arrays, eval_cache, fill
+from mlx_hla.models.lm import check_tokens
+from mlx_hla.nn.cache import KVCache, arrays, eval_cache, fill
 from mlx_hla.sampling import Sampling
+from mlx_hla.settings import check_whole
 from mlx_hla.tokenizer import Tokenizer
 
 # B batch, V vocabulary, W tokens of history
@@ -22,14 +25,37 @@ PREFILL_TOKENS = 512
 
 def prefill(model: LanguageModel, tokens: mx.array, cache: list, chunk: int = PREFILL_TOKENS) -> mx.array:
     """Read tokens [B, T] into the cache, `chunk` at a time; returns the logits [B, V] after the last."""
-    if tokens.ndim != 2 or 0 in tokens.shape:
-        raise InputError(f"the prompt must be tokens [B, T] with at least one token, got {tokens.shape}")
+    check_whole("chunk", chunk, 1)
+    check_tokens("the prompt's tokens", tokens, model.config.vocab_size)
     T = tokens.shape[1]
     for start in range(0, T, chunk):
         x = model.features(tokens[:, start : start + chunk], cache)
         if start + chunk < T:
             eval_cache(cache)  # so that one chunk's activations live at a time
     return model.embedding.as_linear(x[:, -1])
+
+
+def _sampling(sampling: Sampling | None) -> Sampling:
+    if sampling is None:
+        return Sampling()
+    if not isinstance(sampling, Sampling):
+        raise InputError(f"sampling must be a Sampling, got {repr(sampling)[:60]}")
+    return sampling
+
+
+def _token_array(prompt: Sequence[int] | np.ndarray | mx.array) -> mx.array:
+    """Ids as they were given: no dtype may wrap or round them before they are checked."""
+    if isinstance(prompt, mx.array):
+        return prompt
+    try:
+        ids = np.asarray(prompt)
+    except ValueError:
+        raise InputError("the prompts of a batch must have the same length") from None
+    if ids.size == 0:
+        raise InputError("the prompt must have at least one token")
+    if ids.dtype.kind not in "iu":
+        raise InputError(f"the prompt must be tokens, which are integers, got {repr(prompt)[:60]}")
+    return mx.array(ids)
 
 
 def make_decoder(model: LanguageModel, sampling: Sampling, cache: list):
@@ -49,7 +75,7 @@ def make_decoder(model: LanguageModel, sampling: Sampling, cache: list):
     if any(isinstance(c, KVCache) for c in cache):
 
         def step(token, history, key):
-            logits = model(token[:, None], cache)[:, -1]
+            logits = model.logits(token[:, None], cache)[:, -1]
             return draw(logits, history, key), logits
 
     else:
@@ -60,7 +86,7 @@ def make_decoder(model: LanguageModel, sampling: Sampling, cache: list):
             work = [type(c)() for c in cache]
             for c, s in zip(work, fill(template, state), strict=True):
                 c.state = s
-            logits = model(token[:, None], work)[:, -1]
+            logits = model.logits(token[:, None], work)[:, -1]
             return draw(logits, history, key), logits, arrays([c.state for c in work])
 
         state = arrays(template)
@@ -89,12 +115,14 @@ def generate_step(
     A prompt [T] yields tokens as ints and logits [V]; a batch of prompts of equal length [B, T] yields arrays
     [B] and [B, V]. A cache of earlier calls is continued, and holds all but the last token afterwards.
     """
-    sampling = sampling or Sampling()
-    prompt = mx.array(prompt, mx.int32) if not isinstance(prompt, mx.array) else prompt.astype(mx.int32)
-    single = prompt.ndim == 1
-    tokens = prompt[None] if single else prompt
+    check_whole("max_tokens", max_tokens, -1)
+    sampling = _sampling(sampling)
+    ids = _token_array(prompt)
+    single = ids.ndim == 1
+    tokens = ids[None] if single else ids
     cache = model.make_cache() if cache is None else cache
     logits = prefill(model, tokens, cache, chunk)
+    tokens = tokens.astype(mx.int32)
     eval_cache(cache)
     history = None
     if sampling.penalizes:
@@ -126,10 +154,10 @@ class StopWatch:
     Text that may be the beginning of a stop string is held back until that is decided.
     """
 
-    def __init__(self, stops: Sequence[str]):
-        if any(not s for s in stops):
-            raise InputError("a stop string must not be empty")
-        self._stops = tuple(stops)
+    def __init__(self, stops: str | Sequence[str]):
+        self._stops = (stops,) if isinstance(stops, str) else tuple(stops)
+        if any(not isinstance(s, str) or not s for s in self._stops):
+            raise InputError(f"a stop string must be text and not empty, got {repr(stops)[:60]}")
         self._held = ""
         self.stopped = False
 
@@ -178,21 +206,31 @@ class Chunk:
 def stream_generate(
     model: LanguageModel,
     tokenizer: Tokenizer,
-    prompt: str | Sequence[int],
+    prompt: str | Sequence[int] | mx.array,
     *,
     max_tokens: int = 256,
     sampling: Sampling | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     chunk: int = PREFILL_TOKENS,
 ) -> Iterator[Chunk]:
-    """Continue `prompt` (a text that begins a document, or tokens) and yield the text as it comes."""
-    if max_tokens < 1:
-        raise InputError(f"max_tokens must be at least 1, got {max_tokens}")
-    ids = tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else list(prompt)
-    if not ids or prompt == "":
-        raise InputError("the prompt has no tokens: give some text to continue")
-    if not all(0 <= i < tokenizer.vocab_size for i in ids):
-        raise InputError(f"the prompt has tokens outside 0 to {tokenizer.vocab_size - 1}")
+    """Continue `prompt` (a text that begins a document, or tokens) and yield the text as it comes.
+
+    `stop`: a text, or several, before which to end.
+    """
+    check_whole("max_tokens", max_tokens, 1)
+    if isinstance(prompt, str):
+        if not prompt:
+            raise InputError("the prompt has no tokens: give some text to continue")
+        ids = mx.array(tokenizer.encode(prompt, bos=True))
+    else:
+        ids = _token_array(prompt)
+    if ids.ndim != 1:
+        raise InputError(f"the prompt must be one text or its tokens [T], got {ids.shape}")
+    if tokenizer.vocab_size < model.config.vocab_size:
+        raise InputError(
+            f"the model writes {model.config.vocab_size} tokens, of which the tokenizer knows "
+            f"{tokenizer.vocab_size}"
+        )
     detokenizer, watch = tokenizer.stream(), StopWatch(stop)
     start = time.perf_counter()
     prompt_time, begun, reason = 0.0, start, None
@@ -215,8 +253,8 @@ def stream_generate(
         yield Chunk(
             text,
             token,
-            prompt_tokens=len(ids),
-            prompt_tps=len(ids) / max(prompt_time, 1e-9),
+            prompt_tokens=ids.size,
+            prompt_tps=ids.size / max(prompt_time, 1e-9),
             generation_tokens=count,
             # The first token comes out of the prompt's pass: the rate counts what came after it.
             generation_tps=(count - 1) / max(now - begun, 1e-9) if count > 1 else 0.0,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mlx_hla.errors import InputError
-from mlx_hla.models.config import option
+from mlx_hla.settings import check_number, check_whole, option
 
 # B batch, V vocabulary, W tokens of history
+
+LEAST_TEMPERATURE = 1e-6  # below, logits over it would leave float32's range
 
 
 def penalize_repetition(logits: mx.array, history: mx.array, penalty: float) -> mx.array:
@@ -27,7 +30,7 @@ def penalize_repetition(logits: mx.array, history: mx.array, penalty: float) -> 
 
 def keep_top_k(logits: mx.array, k: int) -> mx.array:
     """All but the k largest become -inf."""
-    if not 0 < k < logits.shape[-1]:
+    if not 0 < check_whole("k", k, 0) < logits.shape[-1]:
         return logits
     rest = mx.argpartition(-logits, kth=k - 1, axis=-1)[:, k:]
     return mx.put_along_axis(logits, rest, mx.array(-math.inf, logits.dtype), axis=-1)
@@ -35,7 +38,7 @@ def keep_top_k(logits: mx.array, k: int) -> mx.array:
 
 def keep_top_p(logits: mx.array, p: float) -> mx.array:
     """Keep the smallest set of most likely tokens whose probability reaches p; at least one."""
-    if not 0 < p < 1:
+    if not 0 < check_number("p", p, 0, 1) < 1:
         return logits
     order = mx.argsort(-logits, axis=-1)
     probs = mx.softmax(mx.take_along_axis(logits, order, axis=-1).astype(mx.float32), axis=-1)
@@ -47,7 +50,7 @@ def keep_top_p(logits: mx.array, p: float) -> mx.array:
 
 def keep_min_p(logits: mx.array, p: float) -> mx.array:
     """Keep the tokens at least p times as likely as the most likely one."""
-    if not 0 < p <= 1:
+    if check_number("p", p, 0, 1) == 0:
         return logits
     return mx.where(logits >= logits.max(axis=-1, keepdims=True) + math.log(p), logits, -math.inf)
 
@@ -65,22 +68,17 @@ class Sampling:
     seed: int | None = option(None, "none: another text each time")
 
     def __post_init__(self):
-        for name, low, high in (
-            ("temperature", 0, 100),
-            ("top_p", 0, 1),
-            ("top_k", 0, math.inf),
-            ("min_p", 0, 1),
-            ("repetition_penalty", 0.01, 100),
-            ("repetition_window", 1, 1 << 20),
-            ("seed", 0, 2**63),
-        ):
-            value = getattr(self, name)
-            if name == "seed" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                raise InputError(f"{name} must be a number from {low} to {high}, got {value!r}")
-        if self.top_p == 0:
+        check_number("temperature", self.temperature, 0, 100)
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise InputError(f"temperature must be 0 or at least {LEAST_TEMPERATURE}, got {self.temperature}")
+        if check_number("top_p", self.top_p, 0, 1) == 0:
             raise InputError("top_p must be above 0 (1 turns it off), got 0")
+        check_whole("top_k", self.top_k, 0)
+        check_number("min_p", self.min_p, 0, 1)
+        check_number("repetition_penalty", self.repetition_penalty, 0.01, 100)
+        check_whole("repetition_window", self.repetition_window, 1, 1 << 20)
+        if self.seed is not None:
+            check_whole("seed", self.seed, 0, 2**63)
 
     @property
     def penalizes(self) -> bool:
@@ -89,7 +87,7 @@ class Sampling:
     def first_key(self) -> mx.array:
         if self.seed is None:
             return mx.random.key(int.from_bytes(os.urandom(7), "big"))
-        return mx.random.key(int(self.seed))
+        return mx.random.key(operator.index(self.seed))
 
     def __call__(self, logits: mx.array, key: mx.array, history: mx.array | None = None) -> mx.array:
         """logits [B, V] to tokens [B], int32."""

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mlx_hla.errors import InputError
+from mlx_hla.files import read_bytes
+from mlx_hla.settings import check_whole
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
 MAX_MODEL_BYTES = 16 * 2**20
@@ -37,6 +39,8 @@ class Tokenizer:
     """Text to token ids and back. `bos_id` opens a document, `eos_id` closes it; neither has any text."""
 
     def __init__(self, proto: bytes, name: str = "tokenizer.model"):
+        if not isinstance(proto, bytes):
+            raise InputError(f"{name}: a SentencePiece model is bytes, got {type(proto).__name__}")
         if not 0 < len(proto) <= MAX_MODEL_BYTES:
             raise InputError(f"{name}: {len(proto)} bytes is not the size of a SentencePiece model")
         sp = _sentencepiece().SentencePieceProcessor()
@@ -69,9 +73,16 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for; none for a control token."""
-        return self._bytes[token]
+        try:
+            if token >= 0:
+                return self._bytes[token]
+        except (IndexError, TypeError):
+            pass
+        raise InputError(f"a token must be from 0 to {self.vocab_size - 1}, got {repr(token)[:60]}")
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        if not isinstance(text, str):
+            raise InputError(f"only text can be encoded, got {repr(text)[:60]}")
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -87,7 +98,7 @@ class Tokenizer:
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return b"".join(self._bytes[i] for i in ids)
+        return b"".join(map(self.token_bytes, ids))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the tokens; bytes that are no UTF-8 (a model can write them) become U+FFFD."""
@@ -101,14 +112,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        path = Path(path)
-        try:
-            if path.stat().st_size > MAX_MODEL_BYTES:
-                raise InputError(f"{path}: too large for a SentencePiece model")
-            proto = path.read_bytes()
-        except OSError as e:
-            raise InputError(f"{path}: cannot read the tokenizer ({e.strerror or e})") from e
-        return cls(proto, str(path))
+        return cls(read_bytes(path, MAX_MODEL_BYTES), str(path))
 
 
 class Detokenizer:
@@ -126,39 +130,53 @@ class Detokenizer:
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """Learn a BPE of `vocab_size` tokens. The same texts give the same tokenizer."""
+    """Learn a BPE of `vocab_size` tokens, or of as many as the texts give. Equal texts, equal tokenizers."""
+    check_whole("vocab_size", vocab_size, 1)
     fixed = 3 + 256 + len(NEWLINES) + len(_PRINTABLE) + 1
     if vocab_size < fixed:
         raise InputError(f"vocab_size must be at least {fixed} (bytes, indents, ASCII), got {vocab_size}")
+    size, extra, reason = vocab_size, list[str](), ""
+    for _ in range(4):
+        try:
+            return Tokenizer(_learn([*texts, *extra], size))
+        except (RuntimeError, OSError) as e:
+            reason = " ".join(str(e).split())
+        most = re.search(r"too high .*<= (\d+)", reason)
+        if most and int(most[1]) >= fixed:
+            size = int(most[1])
+        elif (most or "sentences_.empty" in reason) and not extra:
+            extra = [" ".join(_PRINTABLE)]  # too little text to hold even the characters that it must have
+        elif least := re.search(r"required_chars.* vs (\d+)", reason):
+            raise InputError(f"vocab_size must be at least {least[1]} for this corpus, got {size}")
+        else:
+            break
+    raise InputError(f"no tokenizer of {size} tokens can be learnt from this corpus: {reason}")
+
+
+def _learn(texts: Sequence[str], vocab_size: int) -> bytes:
     out = io.BytesIO()
     # Its "sentences" have a largest length, beyond which it drops them: cut the texts into pieces below it.
     sentences = (_UNSAFE.sub("", t[i : i + _CHUNK]) for t in texts for i in range(0, len(t), _CHUNK))
-    try:
-        _sentencepiece().SentencePieceTrainer.train(
-            sentence_iterator=sentences,
-            model_writer=out,
-            vocab_size=vocab_size,
-            model_type="bpe",
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_by_unicode_script=False,  # lets "self." and "):" be pieces
-            user_defined_symbols=NEWLINES,
-            required_chars=_PRINTABLE,
-            character_coverage=0.9999,
-            max_sentence_length=8 * _CHUNK,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except (RuntimeError, OSError) as e:
-        reason = " ".join(str(e).split())
-        raise InputError(
-            f"no tokenizer of {vocab_size} tokens can be learnt from this corpus: {reason}"
-        ) from e
-    return Tokenizer(out.getvalue())
+    _sentencepiece().SentencePieceTrainer.train(
+        sentence_iterator=sentences,
+        model_writer=out,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_by_unicode_script=False,  # lets "self." and "):" be pieces
+        user_defined_symbols=NEWLINES,
+        required_chars=_PRINTABLE,
+        character_coverage=0.9999,
+        max_sentence_length=8 * _CHUNK,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return out.getvalue()

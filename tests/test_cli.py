@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import sys
 import pytest
 
 from mlx_hla import __version__, cli
-from mlx_hla.models import LanguageModel, ModelConfig, save
+from mlx_hla.models import PRETRAINED, LanguageModel, ModelConfig, save
 from mlx_hla.tokenizer import train_tokenizer
 
 
@@ -169,14 +171,29 @@ def test_train_eval_info(capsys, corpus, tmp_path):
     ("argv", "match"),
     [
         (["train", "--data", "/nonexistent"], "no such file or folder"),
-        (["train", "--steps", "0"], "steps must be at least 1"),
+        (["train", "--steps", "0"], "steps must be from 1"),
         (["train", "--dims", "1000000"], "dims must be from 1"),
         (["train", "--operator", "hla9"], "operator must be"),
         (["train", "--lr", "nan"], "lr must be finite"),
         (["train", "--preset", "huge"], "invalid choice"),
-        (["train", "--tokenizer", "/nonexistent"], "cannot read the tokenizer"),
+        (["train", "--tokenizer", "/nonexistent"], "/nonexistent: cannot read it"),
         (["train", "--resume", "--out", "/nonexistent"], "no checkpoint to resume"),
         (["train", "--resume", "--lr", "1"], "leave out --lr"),
+        (["train", "--lr", "inf"], "error: lr must be finite"),
+        (["train", "--clip", "nan"], "error: clip must be finite"),
+        (["train", "--out", ""], "out must be a path"),
+        (["train", "--data", ""], "data must be a path"),
+        (["train", "--tokenizer", ""], "tokenizer must be a path"),
+        (["train", "--suffix", ""], "suffix must be"),
+        (["train", "--resume", "--out", ""], "out must be a path"),
+        (["train", "--tokenizer", "x", "--vocab-size", "400"], "leave out --vocab-size"),
+        (["train", "--init-from", "x", "--dims", "64"], "leave out --dims"),
+        (["train", "--init-from", "x", "--tokenizer", "y"], "leave out tokenizer"),
+        (["train", "--init-from", "/nonexistent"], "no such model folder"),
+        (["generate", "--model", "", "--prompt", "x"], "the model's folder must be a path"),
+        (["eval", "--model", ""], "the model's folder must be a path"),
+        (["eval", "--data", ""], "the corpus must be a path"),
+        (["info", "--model", ""], "the model's folder must be a path"),
         (["eval", "--model", "/nonexistent"], "no such model folder"),
         (["eval", "--samples", "-1"], "samples must be"),
         (["info", "--model", "/nonexistent"], "no such model folder"),
@@ -256,6 +273,71 @@ def test_a_closed_pipe_ends_quietly(folder):
     assert process.wait(timeout=60) == 141
     assert process.stderr.read() == b""
     process.stderr.close()
+
+
+def shell(command, *argv, timeout=60):
+    line = f"{shlex.quote(sys.executable)} -m mlx_hla {shlex.join(map(str, argv))} {command}"
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(folder, closed):
+    done = shell(closed, "generate", "--model", folder, "--prompt", "x", "--max-tokens", "3", "--seed", 1)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert ("Peak memory" in done.stdout) is (closed in ("<&-", "2>&-"))
+    if closed == "<&-":
+        for flags in ([], ["--prompt", "-"]):
+            without = shell(closed, "generate", "--model", folder, *flags)
+            assert without.returncode == 1
+            assert without.stderr == "mlx-hla: error: no prompt: give --prompt TEXT, or text on stdin\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_a_full_disk_under_stdout_is_one_line(folder):
+    done = shell(">/dev/full", "generate", "--model", folder, "--prompt", "x", "--max-tokens", "3")
+    assert done.returncode == 1
+    assert done.stderr == "mlx-hla: error: [Errno 28] No space left on device\n"
+
+
+def test_paths_that_are_no_utf8(corpus, tmp_path):
+    strange = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
+    os.mkdir(strange)
+    os.mkdir(strange + b"/data")
+    for i in range(20):
+        with open(strange + b"/data/\xff%d.py" % i, "w") as file:
+            file.write(f"def f{i}(x):\n    return x + {i}\n" * 8)
+    run = [sys.executable, "-m", "mlx_hla"]
+    train = [
+        "train",
+        *TRAIN.split(),
+        "--data",
+        strange + b"/data",
+        "--out",
+        strange + b"/run",
+        "--steps",
+        "2",
+    ]
+    for argv in (
+        [*train, "--valid-fraction", "0.3", "--steps", "2"],
+        ["train", "--resume", "--out", strange + b"/run"],
+        ["info", "--model", strange + b"/run"],
+        ["eval", "--model", strange + b"/run", "--data", strange + b"/data", "--valid-fraction", "0.3"],
+        ["generate", "--model", strange + b"/run", "--prompt", "x", "--max-tokens", "2"],
+    ):
+        done = subprocess.run([*run, *argv], capture_output=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, b""), argv
+
+
+def test_a_run_is_resumed_from_another_folder(corpus, tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").symlink_to(corpus)
+    shutil.copy(PRETRAINED / "tokenizer.model", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    flags = [f for f in TRAIN.split() if f not in ("--vocab-size", "380")]
+    flags += ["--data", "here", "--out", "run", "--steps", "1", "--tokenizer", "tokenizer.model"]
+    assert run(capsys, "train", *flags, "--valid-fraction", 0.2)[0] == 0
+    monkeypatch.chdir("/")
+    assert run(capsys, "train", "--resume", "--out", tmp_path / "run")[0] == 0
 
 
 def test_ctrl_c_saves_and_resume_ends_the_run(corpus, tmp_path):

@@ -1,10 +1,13 @@
 """The corpus, its split, and batches that depend on seed and step alone."""
 
+import json
+
 import numpy as np
 import pytest
 
 from mlx_hla import data
 from mlx_hla.errors import InputError
+from mlx_hla.losses import windows
 from mlx_hla.tokenizer import train_tokenizer
 
 
@@ -55,8 +58,99 @@ def test_one_file_is_split_inside(tmp_path):
 
 
 def test_max_bytes_samples(folder):
-    part = data.load_corpus(folder, 0.25, max_bytes=1000)
-    assert 1000 <= sum(map(len, part.train + part.valid)) < 1400
+    for most in (70, 1000, 1001):
+        part = data.load_corpus(folder, 0.25, max_bytes=most)
+        assert most - 33 < sum(map(len, part.train + part.valid)) <= most  # whole lines
+    with pytest.raises(InputError, match="too small to split"):
+        data.load_corpus(folder, 0.25, max_bytes=1)
+
+
+def test_max_bytes_stops_inside_a_file(tmp_path):
+    (tmp_path / "one.txt").write_text("".join(f"line {i}\n" for i in range(10_000)))
+    corpus = data.load_corpus(tmp_path / "one.txt", 0.1, max_bytes=700)
+    assert "".join(corpus.train + corpus.valid) == "".join(f"line {i}\n" for i in range(88))
+
+
+@pytest.mark.parametrize("piece", [7, 64, 1000])
+def test_a_long_file_is_read_in_pieces_that_end_with_a_line(tmp_path, monkeypatch, piece):
+    text = "".join(f"é日🎉 {i}\r\n" for i in range(300))
+    (tmp_path / "long.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    whole = data.load_corpus(tmp_path / "long.txt", 0.1)
+    monkeypatch.setattr(data, "PIECE_BYTES", piece)
+    texts = [t for _, t in data._texts(tmp_path / "long.txt", b"", None)]
+    assert len(texts) > 3
+    assert all(t.endswith("\n") for t in texts) or piece < 12
+    assert "".join(texts) == text.replace("\r\n", "\n") == "".join(whole.train + whole.valid)
+
+
+def test_what_was_left_out_and_why(folder, tmp_path):
+    (folder / "latin.py").write_bytes("x = 'é'\n".encode("latin-1") * 3)
+    assert "1 files left out (" in data.load_corpus(folder, 0.25).describe()
+    assert "latin.py: no UTF-8 (byte 5)" in data.load_corpus(folder, 0.25).describe()
+    with pytest.raises(InputError, match=r"latin\.py: no UTF-8 \(byte 5\), and no other encoding is read"):
+        data.load_corpus(folder / "latin.py")
+    (folder / "cut.py").write_bytes("é".encode()[:1])
+    with pytest.raises(InputError, match=r"cut\.py: no UTF-8 \(byte 0\)"):
+        data.load_corpus(folder / "cut.py")
+
+
+def test_suffixes(tmp_path):
+    for i in range(20):
+        (tmp_path / f"a{i}.swift").write_text(f"let x = {i}\n" * 3)
+        (tmp_path / f"b{i}.h").write_text(f"int x{i};\n" * 3)
+    said = r"no files that end in \.jsonl, .*\.txt, but in \.(swift|h) \(20\), .* \(20\): choose with suffix"
+    with pytest.raises(InputError, match=said):
+        data.load_corpus(tmp_path)
+    swift, both = (data.load_corpus(tmp_path, 0.3, suffix=s) for s in ("swift", ".h, .swift"))
+    assert len(swift.train + swift.valid) == 20
+    assert len(both.train + both.valid) == 40
+    for bad in ("", ".swift,", "a/b", "tar.gz", 3):
+        with pytest.raises(InputError, match="suffix must be"):
+            data.load_corpus(tmp_path, suffix=bad)
+
+
+def test_json_lines(tmp_path):
+    lines = [json.dumps({"text": f"document {i}\nwith é\n", "id": i}) for i in range(200)]
+    (tmp_path / "some.jsonl").write_text("\n".join(lines) + "\n\n")
+    one, two = data.load_corpus(tmp_path, 0.25), data.load_corpus(tmp_path / "some.jsonl", 0.25)
+    assert one.digest == two.digest
+    assert 25 < len(one.valid) < 75
+    assert set(one.train + one.valid) == {f"document {i}\nwith é\n" for i in range(200)}
+    (tmp_path / "some.jsonl").write_text("\n".join(reversed([*lines, '{"text": "another"}'])))
+    more = data.load_corpus(tmp_path, 0.25)  # a document keeps its side
+    assert set(one.train) <= set(more.train)
+    assert set(one.valid) <= set(more.valid)
+    part = data.load_corpus(tmp_path, 0.2, 600)
+    assert 500 < sum(len(t.encode()) for t in part.train + part.valid) <= 600
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ('{"text": 3}', 'line 2 is no object with a "text"'),
+        ('{"body": "x"}', 'line 2 is no object with a "text"'),
+        ('["x"]', 'line 2 is no object with a "text"'),
+        ('{"text": "\\ud800"}', 'line 2 is no object with a "text"'),
+        ('{"text": "x"', "line 2: not valid JSON"),
+        ("[" * 100_000, "line 2: not valid JSON"),
+    ],
+    ids=range(6),
+)
+def test_bad_json_lines(tmp_path, line, match):
+    (tmp_path / "x.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(InputError, match=match):
+        data.load_corpus(tmp_path / "x.jsonl")
+
+
+def test_arguments_have_types(folder):
+    for bad in (0.0, 1, float("nan"), "0.1", None, True):
+        with pytest.raises(InputError, match="validation fraction"):
+            data.load_corpus(folder, bad)
+    for bad in (0, -1, 1.5, float("nan"), "9", True):
+        with pytest.raises(InputError, match="max_bytes"):
+            data.load_corpus(folder, 0.2, bad)
+    with pytest.raises(InputError, match="the corpus must be a path"):
+        data.load_corpus("")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"  \n\n", b"\xff\xff"])
@@ -115,7 +209,7 @@ def test_batches_reach_both_ends():
 def test_windows_predict_every_token_once(length):
     stream = np.arange(length, dtype=np.uint16)
     seen = []
-    for tokens, real in data.windows(stream, 2, 16):
+    for tokens, real in windows(stream, 2, 16):
         assert tokens.shape == (2, 17)
         seen += tokens[:, 1:][real].tolist()
     assert seen == list(range(1, length))
@@ -123,4 +217,4 @@ def test_windows_predict_every_token_once(length):
 
 def test_windows_of_nothing():
     with pytest.raises(InputError, match="too few"):
-        next(data.windows(np.zeros(1, np.uint16), 1, 4))
+        next(windows(np.zeros(1, np.uint16), 1, 4))

@@ -1,5 +1,7 @@
 """Samplers as functions, and generation: the same tokens as the whole pass gives, streamed safely."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -173,6 +175,9 @@ def test_repetition_penalty_ends_repetition(model):
     assert distinct(100.0) == 30 > distinct(1.0)
 
 
+MODEL = SimpleNamespace(config=SimpleNamespace(vocab_size=380))  # it only says what `script` lets it
+
+
 def script(monkeypatch, ids):
     """Let "the model" write these tokens."""
     monkeypatch.setattr(
@@ -184,7 +189,7 @@ def test_stream_is_safe_and_counts(monkeypatch, tokenizer):
     text = "x = 'é日🎉'\n    return"
     ids = tokenizer.encode(text)
     script(monkeypatch, ids)
-    chunks = list(stream_generate(None, tokenizer, "def", max_tokens=len(ids)))
+    chunks = list(stream_generate(MODEL, tokenizer, "def", max_tokens=len(ids)))
     assert "".join(c.text for c in chunks) == text
     assert all("\ufffd" not in c.text for c in chunks)
     assert [c.generation_tokens for c in chunks] == list(range(1, len(ids) + 1))
@@ -197,12 +202,12 @@ def test_stream_is_safe_and_counts(monkeypatch, tokenizer):
 def test_half_a_character_at_the_end_is_shown_as_such(monkeypatch, tokenizer):
     ids = tokenizer.encode("日")
     script(monkeypatch, ids)
-    assert generate.generate(None, tokenizer, "def", max_tokens=len(ids) - 1) == "\ufffd"
+    assert generate.generate(MODEL, tokenizer, "def", max_tokens=len(ids) - 1) == "\ufffd"
 
 
 def test_end_of_document_ends(monkeypatch, tokenizer):
     script(monkeypatch, [*tokenizer.encode("ab"), tokenizer.eos_id, *tokenizer.encode("cd")])
-    chunks = list(stream_generate(None, tokenizer, "def"))
+    chunks = list(stream_generate(MODEL, tokenizer, "def"))
     assert "".join(c.text for c in chunks) == "ab"
     assert chunks[-1].finish_reason == "end"
 
@@ -222,7 +227,7 @@ def test_end_of_document_ends(monkeypatch, tokenizer):
 def test_stop_strings_across_tokens(monkeypatch, tokenizer, text, stops, want):
     script(monkeypatch, tokenizer.encode(text))
     count = len(tokenizer.encode(text))
-    chunks = list(stream_generate(None, tokenizer, "def", max_tokens=count, stop=stops))
+    chunks = list(stream_generate(MODEL, tokenizer, "def", max_tokens=count, stop=stops))
     assert "".join(c.text for c in chunks) == want
     assert chunks[-1].finish_reason == ("length" if want == text else "stop")
 
@@ -236,9 +241,35 @@ def test_stop_watch_letter_by_letter():
 
 
 def test_bad_prompts_are_refused(model, tokenizer):
-    for prompt, match in (("", "no tokens"), ([], "no tokens"), ([5000], "outside"), ([-1], "outside")):
+    for prompt, match in (
+        ("", "no tokens"),
+        ([], "at least one token"),
+        ([5000], "must be from 0 to 379, got 5000"),
+        ([-1], "must be from 0 to 379, got -1"),
+        ([2**40], "must be from 0 to 379, got 1099511627776"),
+        ([2**32 + 5], "must be from 0 to 379"),
+        ([380], "must be from 0 to 379"),
+        ([1.0], "integers"),
+        ([True], "integers"),
+        (["def"], "integers"),
+        ([None], "integers"),
+        (mx.array([1.0]), "array of integers"),
+        (mx.array([2**32 + 5], mx.int64), "must be from 0 to 379"),
+        (mx.array([[1, 2]]), "one text"),
+        (mx.array([], mx.int32), "B, T >= 1"),
+    ):
         with pytest.raises(InputError, match=match):
             next(stream_generate(model, tokenizer, prompt))
+        if prompt != "" and match != "one text":
+            with pytest.raises(InputError, match=match):
+                next(generate_step(model, prompt))
+    with pytest.raises(InputError, match="same length"):
+        next(generate_step(model, [[1, 2], [3]]))
+    with pytest.raises(InputError, match="integers"):
+        next(generate_step(model, "def"))
+    small = train_tokenizer(["import os\nx = 1\n" * 30], 370)
+    with pytest.raises(InputError, match="of which the tokenizer knows 370"):
+        next(stream_generate(model, small, "x"))
     with pytest.raises(InputError, match="at least one token"):
         next(generate_step(model, []))
     with pytest.raises(InputError, match="max_tokens"):

@@ -1,8 +1,10 @@
 """Imports point one way: kernels, ops, nn, models, what runs them, cli. And importing costs nothing."""
 
 import ast
+import graphlib
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,23 +13,30 @@ import mlx_hla
 
 ROOT = Path(mlx_hla.__file__).parent
 
-# A part imports from lower ranks only. The first rank imports nothing of the package.
+# A part imports from lower floors, or from its own where ACROSS says so.
 RANKS = [
-    {"errors", "devices", "monoid", "transforms"},
-    {"kernels", "tokenizer", "reference"},
-    {"ops"},
+    {"errors", "files", "settings", "devices", "trees", "losses", "monoid", "transforms"},
+    {"kernels", "tokenizer", "reference", "sampling"},
+    {"ops", "data"},
     {"nn"},
     {"models"},
-    {"sampling", "data"},
-    {"generate", "selftest"},
-    {"evaluate"},
-    {"train"},
-    {"cli"},
-    {"__main__"},
+    {"generate", "train", "evaluate", "selftest"},
+    {"cli", "__main__"},
 ]
+ACROSS = {
+    ("files", "errors"),
+    ("settings", "errors"),
+    ("settings", "files"),
+    ("losses", "errors"),
+    ("losses", "devices"),
+    ("losses", "settings"),
+    ("losses", "trees"),
+    ("evaluate", "generate"),
+    ("__main__", "cli"),
+}
 RANK = {part: i for i, parts in enumerate(RANKS) for part in parts}
-# The root package publishes the operators; modules may read its version.
-ROOT_IMPORTS = {"ops"}
+# The root package publishes the operators, and says what is missing; modules may read its version.
+ROOT_IMPORTS = {"ops", "errors"}
 # The ground truth stands beside the rest: nothing that it judges may use it, only the judge.
 BESIDE = {"reference", "monoid"}
 JUDGES = BESIDE | {"selftest"}
@@ -85,11 +94,28 @@ def test_imports_point_one_way():
         elif target == "":  # `from mlx_hla import __version__` and the public operators
             allowed = RANK.get(source, 0) > RANK["ops"]
         else:
-            lower = RANK.get(target, 0) < RANK.get(source, 0)
+            lower = RANK.get(target, 0) < RANK.get(source, 0) or (source, target) in ACROSS
             allowed = lower and (target not in BESIDE or source in JUDGES)
         if not allowed:
             wrong.append(f"{source or 'mlx_hla'} imports {target or 'mlx_hla'} in {', '.join(files)}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_what_crosses_a_floor_is_needed_and_has_no_circle():
+    assert set(edges()) >= ACROSS
+    graphlib.TopologicalSorter(
+        {source: {t for s, t in ACROSS if s == source} for source, _ in ACROSS}
+    ).prepare()
+
+
+# Two parts have a file of this name until one of them has another.
+SAME_NAME = {"passes"}
+
+
+def test_no_two_modules_share_a_name():
+    """An error's traceback, an editor's tab and a sentence about `cache` name one file."""
+    count = Counter(path.stem for path in ROOT.rglob("*.py") if path.stem != "__init__")
+    assert {name for name, n in count.items() if n > 1} <= SAME_NAME
 
 
 def test_the_reader_of_imports_sees_arrows():
@@ -97,7 +123,7 @@ def test_the_reader_of_imports_sees_arrows():
     seen = edges()
     for arrow in (("ops", "kernels"), ("nn", "ops"), ("models", "nn"), ("train", "models"), ("cli", "train")):
         assert arrow in seen
-    assert ("", "ops") in seen
+    assert ("", "ops") in seen  # for a type checker
 
 
 IMPORT = """
@@ -124,6 +150,71 @@ def test_importing_is_light(module):
     run = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert not run.stdout
+
+
+def test_the_root_publishes_the_operators():
+    names = mlx_hla.__all__
+    assert {"__version__", "hla2", "hla2_step", "linear_attention"} <= set(names) <= set(dir(mlx_hla))
+    assert mlx_hla.hla2 is mlx_hla.ops.hla2
+    star: dict = {}
+    exec("from mlx_hla import *", star)
+    assert set(names) <= set(star)
+    assert not hasattr(mlx_hla, "hla99")
+
+
+NO_MLX = """
+import sys
+class Missing:
+    def find_spec(self, name, *_):
+        if name == "mlx.core":
+            raise ImportError("libmlx.so: cannot open shared object file: No such file or directory")
+        if name == "mlx" and {whole}:
+            raise ModuleNotFoundError("No module named 'mlx'", name="mlx")
+sys.meta_path.insert(0, Missing())
+sys.argv = ["mlx-hla", "generate", "--prompt", "x"]
+"""
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_without_mlx_the_command_says_what_to_install(whole):
+    run = [
+        sys.executable,
+        "-c",
+        NO_MLX.format(whole=whole) + "from mlx_hla.__main__ import main; sys.exit(main())",
+    ]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("mlx-hla: error: MLX")
+    assert done.stderr.count("\n") == 1
+    assert "pip install" in done.stderr
+    assert "mlx-hla[cpu]" in done.stderr
+    library = [sys.executable, "-c", NO_MLX.format(whole=whole) + "import mlx_hla; mlx_hla.hla2"]
+    done = subprocess.run(library, capture_output=True, text=True)
+    assert "ImportError: MLX" in done.stderr
+    assert "mlx-hla[cpu]" in done.stderr
+
+
+STOPPED = """
+import builtins, os, signal, sys
+really = builtins.__import__
+def stopped(name, *rest):
+    if name == {at!r}:
+        os.kill(os.getpid(), signal.SIGINT)
+    return really(name, *rest)
+builtins.__import__ = stopped
+sys.argv = ["mlx-hla", "info"]
+from mlx_hla.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("at", ["argparse", "mlx_hla.cli", "mlx.core", "mlx_hla.models", "sentencepiece"])
+def test_ctrl_c_while_it_starts_shows_no_traceback(at):
+    script = STOPPED.format(at=at)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode in (130, -2)
+    assert done.stdout == ""
+    assert done.stderr in ("", "mlx-hla: error: interrupted\n")
 
 
 def test_the_oracle_shares_no_code_with_the_operators():

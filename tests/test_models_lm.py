@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_hla.evaluate import token_losses
+from mlx_hla.losses import token_losses
 from mlx_hla.models import LanguageModel, ModelConfig
-from mlx_hla.models.cache import KVCache, arrays, cache_bytes, fill
 from mlx_hla.models.lm import INIT_TABLE
+from mlx_hla.nn.cache import KVCache, arrays, cache_bytes, fill
 from mlx_hla.ops import backend
 from mlx_hla.train import PRESETS
 
@@ -113,6 +113,37 @@ def test_padding_changes_nothing(operator):
 def test_wrong_tokens_are_refused(shape):
     with pytest.raises(ValueError, match=r"\[LanguageModel\] tokens must be"):
         build()(mx.zeros(shape, mx.int32))
+
+
+@pytest.mark.parametrize("operator", ["hla2", "softmax"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        mx.array([[1, 50]]),
+        mx.array([[-1, 3]]),
+        mx.array([[2**31 - 1]]),
+        mx.array([[2**40]], mx.int64),
+        mx.full((1, 1), 2**32 + 3, mx.uint64),
+        mx.array([[1.0]]),
+        mx.array([[True]]),
+        [[1, 2]],
+    ],
+    ids=range(8),
+)
+def test_ids_without_a_row_are_refused(operator, bad):
+    model = build(operator=operator)
+    said = r"\[LanguageModel\] tokens must be (from 0 to 49|an array of integers)"
+    with pytest.raises(ValueError, match=said):
+        model(bad)
+    with pytest.raises(ValueError, match=said):
+        model(bad, model.make_cache())
+    assert model(mx.array([[0, 49]], mx.uint8)).shape == (1, 2, 50)
+
+
+def test_a_compiled_model_still_runs():
+    model = build()
+    tokens = some_tokens(1, 5)
+    assert mx.allclose(mx.compile(model)(tokens), model(tokens), atol=1e-5)
 
 
 def test_weights_follow_from_the_seed():

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from nn_reference import assert_close
 
 from mlx_hla.nn import HLACache, HLAttention, ShortConv
+from mlx_hla.nn.cache import KVCache
 from mlx_hla.ops.operator import choices
 
 OPERATORS = [*choices(), 5]
@@ -115,6 +116,35 @@ def test_a_copy_is_a_snapshot():
     snapshot = copy.copy(cache)
     first = attention(x[:, 8:], cache=cache)
     assert_close("y", attention(x[:, 8:], cache=snapshot), first, 0)
+
+
+def test_a_copy_of_keys_and_values_is_a_snapshot():
+    """The buffer has room for more: written in place, it would change under the snapshot."""
+    cache = KVCache()
+    some, more, other = (mx.random.normal((1, 2, n, 4)) for n in (5, 3, 3))
+    cache.append(some, some)
+    snapshot = copy.copy(cache)
+    cache.append(more, more)
+    again = copy.copy(snapshot)
+    for branch, ending in ((snapshot, other), (cache, None), (again, more)):
+        keys, values = branch.append(ending, ending) if ending is not None else branch.state[:2]
+        want = mx.concatenate([some, more if ending is None else ending], axis=2)
+        assert mx.array_equal(keys, want)
+        assert mx.array_equal(values, want)
+    assert mx.array_equal(cache.state[0], mx.concatenate([some, more], axis=2))
+
+
+def test_one_token_is_written_into_the_buffer_and_copies_none():
+    cache = KVCache()
+    token = mx.zeros((1, 8, 1, 64))
+    cache.append(mx.zeros((1, 8, 4000, 64)), mx.zeros((1, 8, 4000, 64)))
+    mx.eval(cache.state)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for _ in range(4):
+        cache.append(token, token)
+        mx.eval(cache.keys, cache.values)
+    assert mx.get_peak_memory() - before < cache.keys.nbytes / 2
 
 
 def test_a_failed_call_leaves_the_cache_alone():

@@ -255,16 +255,21 @@ def test_adapter_masks():
     additive = nn.MultiHeadAttention.create_additive_causal_mask(6)
     visible = mx.tril(mx.ones((6, 6), mx.bool_))
     half = nn.MultiHeadAttention.create_additive_causal_mask(6, mx.float16)
-    for mask in ("causal", additive, visible, half, additive[None, None], mx.where(visible, 0.0, -mx.inf)):
+    brain = mx.where(visible, 0.0, -1e4).astype(mx.bfloat16)  # which holds -9984
+    whole = mx.where(visible, 0, -10000)
+    for mask in ("causal", additive, visible, half, brain, whole, additive[None, None]):
         assert_close("y", attention(x, x, x, mask), want, 0)
+    assert_close("y", attention(x, x, x, mx.where(visible, 0.0, -mx.inf)), want, 0)
     other = mx.array(x)
     for inputs in ((x, other, x), (x, x, other), (x, other, other)):
         with pytest.raises(ValueError, match="no cross-attention"):
             attention(*inputs, "causal")
     with pytest.raises(ValueError, match="both directions"):
         attention(x, x, x)
-    with pytest.raises(ValueError, match="mask is not causal"):
-        attention(x, x, x, mx.zeros((6, 6)))
+    biased = mx.where(visible, 0.0, -100.0)  # a bias that softmax can outweigh hides nothing
+    for mask in (mx.zeros((6, 6)), biased, mx.where(visible, -0.1, -1e9), mx.where(visible, 0.0, mx.nan)):
+        with pytest.raises(ValueError, match="mask is not causal"):
+            attention(x, x, x, mask)
     with pytest.raises(ValueError, match="mask is not causal"):
         attention(x, x, x, mx.triu(mx.ones((6, 6), mx.bool_)))
     for mask in (mx.zeros((1, 1, 1, 6)), mx.zeros((5, 5)), "full", mx.zeros((2, 1, 6, 6))):

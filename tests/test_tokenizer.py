@@ -121,8 +121,25 @@ def test_missing_file_and_bad_text(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("texts", "size", "match"), [(TEXTS, 100, "at least"), (["a b"], 2000, "can be learnt")]
+    ("size", "match"),
+    [(100, "at least 363"), (500.0, "whole number"), (True, "whole number"), ("500", "whole number")],
 )
-def test_impossible_training_is_refused(texts, size, match):
+def test_impossible_sizes_are_refused(size, match):
     with pytest.raises(InputError, match=match):
-        train_tokenizer(texts, size)
+        train_tokenizer(TEXTS, size)
+
+
+@pytest.mark.parametrize("size", [363, 380, 2000])
+@pytest.mark.parametrize("text", ["a b", "hello", "xxxxxx", "1", "def f(x):\n    return x\n", "\n\n"])
+def test_a_tiny_corpus_gives_what_it_can(text, size):
+    tokenizer = train_tokenizer([text], size)
+    assert 363 <= tokenizer.vocab_size <= size
+    for sample in (text, "".join(map(chr, range(1, 127)))):
+        assert tokenizer.decode(tokenizer.encode(sample)) == sample
+
+
+def test_many_characters_need_a_larger_vocabulary():
+    text = "".join(map(chr, range(0x4E00, 0x4F00)))
+    with pytest.raises(InputError, match=r"vocab_size must be at least 6\d\d for this corpus, got 400"):
+        train_tokenizer([text], 400)
+    assert train_tokenizer([text], 700).vocab_size == 700

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_hla.data import Batches, bytes_per_token, encode_texts
 from mlx_hla.errors import InputError
 from mlx_hla.evaluate import Scorer, cut_function, function_headers, next_statement, parse, parse_share
-from mlx_hla.models import LanguageModel, ModelConfig, load
+from mlx_hla.models import LanguageModel, ModelConfig, load, save
 from mlx_hla.sampling import Sampling
 from mlx_hla.tokenizer import train_tokenizer
 from mlx_hla.train import PRESETS, TrainConfig, loop, preset, report, resume, train
@@ -178,15 +178,15 @@ def test_a_run_learns_and_leaves_everything(whole):
     assert start["settings"]["dropout"] == 0.2
 
 
-@pytest.mark.parametrize("stop_after", [1, 4, 6])
+@pytest.mark.parametrize("stop_after", [1, 4, 6])  # in the middle of the step that follows
 def test_a_resumed_run_repeats_the_losses_exactly(corpus, whole, tmp_path, monkeypatch, stop_after):
     out = tmp_path / "run"
     step = Trainer.step
 
-    def interrupted(self, number, batches):
-        if number + 1 == stop_after:
+    def interrupted(self, number, *rest):
+        if number == stop_after:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(self, number, batches)
+        return step(self, number, *rest)
 
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as m:
@@ -206,10 +206,10 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(corpus, whole, tmp_path, 
     out = tmp_path / "run"
     step = Trainer.step
 
-    def killed(self, number, batches):
+    def killed(self, number, *rest):
         if number == 6:
             raise MemoryError
-        return step(self, number, batches)
+        return step(self, number, *rest)
 
     with monkeypatch.context() as m:
         m.setattr(Trainer, "step", killed)
@@ -262,6 +262,47 @@ def test_resuming_a_finished_run_changes_nothing(whole):
     assert resume(whole).finished
     assert (whole / "model.safetensors").read_bytes() == before
     assert events(whole) == losses
+
+
+def test_a_finished_run_is_lengthened(whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    for steps in (8, 9, 0, True, "12"):
+        with pytest.raises(InputError, match="steps must be"):
+            resume(out, steps)
+    assert events(out) == events(whole)
+    result = resume(out, 12)
+    assert (result.finished, result.step) == (True, 12)
+    assert events(out)[:9] == events(whole)
+    rates = [e["lr"] for e in events(out)]
+    longer = TrainConfig(**{**SETTINGS, "steps": 12, "lr": PRESETS["tiny"].train.lr})
+    assert rates[9:] == [longer.learning_rate(n) for n in (9, 10, 11)]
+    assert (out / "model.safetensors").read_bytes() != (whole / "model.safetensors").read_bytes()
+    assert resume(out).finished
+
+
+def test_a_run_starts_from_given_weights(corpus, whole, tmp_path):
+    config, settings = configs(corpus, tmp_path / "run", {"dims": 64}, init_from=str(whole), steps=2)
+    result = train(dataclasses.replace(config, context=24), settings)
+    assert result.finished
+    model, tokenizer = load(tmp_path / "run")
+    assert (model.config.dims, model.config.context) == (16, 24)
+    assert tokenizer.proto == load(whole)[1].proto
+    first = events(tmp_path / "run")[0]["loss"]
+    assert first < events(whole)[4]["loss"] < events(whole)[0]["loss"]
+    with pytest.raises(InputError, match="no such model folder"):
+        train(*configs(corpus, tmp_path / "other", init_from=str(tmp_path / "none")))
+    with pytest.raises(InputError, match="leave out tokenizer"):
+        configs(corpus, tmp_path / "other", init_from=str(whole), tokenizer="x")
+
+
+def test_packed_weights_are_no_start(corpus, whole, tmp_path):
+    model, tokenizer = load(whole)
+    model.embedding = model.embedding.to_quantized(group_size=16, bits=4, mode="nvfp4")
+    save(tmp_path / "packed", model, tokenizer)
+    with pytest.raises(InputError, match="is quantised: packed weights cannot be trained"):
+        train(*configs(corpus, tmp_path / "run", init_from=str(tmp_path / "packed")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_packages_are_named_at_the_start(corpus, tmp_path, monkeypatch):

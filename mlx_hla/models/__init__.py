@@ -1,4 +1,4 @@
-"""The language model, its configuration, caches and files."""
+"""The language model, its configuration and files."""
 
 from mlx_hla.models.config import ModelConfig
 from mlx_hla.models.io import PRETRAINED, load, save

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_hla.errors import InputError
 from mlx_hla.ops.operator import MAX_ORDER, choices
+from mlx_hla.settings import check_types, from_dict, option, read_json
 
+# The operators that a config may name.
 OPERATORS = ("softmax", *choices())
-MAX_CONFIG_BYTES = 1 << 20
 # Largest value of each size, and of their products: a config is read from files that nobody vouches for.
 LIMITS = {
     "vocab_size": 1 << 20,
@@ -26,11 +26,6 @@ LIMITS = {
     "context": 1 << 24,
 }
 MAX_PARAMETERS = 10**10
-
-
-def option(default, help: str):
-    """A field of a dataclass that is also a flag of the command line."""
-    return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,7 @@ class ModelConfig:
     num_heads: int = option(4, "query heads")
     num_kv_heads: int | None = option(None, "key-value heads; none: as many as query heads")
     head_dim: int | None = option(None, "width of a head; none: dims / num_heads")
-    hidden_dims: int = option(688, "width inside SwiGLU")
+    hidden_dims: int = option(704, "width inside SwiGLU")
     operator: str | int = option("hla2", f"{', '.join(OPERATORS)}, or an order from 1")
     conv_size: int = option(4, "width of the short convolution on q, k and v; 0: none")
     rope_theta: float | None = option(None, "base of rotary positions; none: without (softmax: 10000)")
@@ -60,49 +55,38 @@ class ModelConfig:
     context: int = option(1024, "tokens in a training sequence")
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            _check_type(field, getattr(self, field.name))
+        check_types(self)
         for name, most in LIMITS.items():
             value = getattr(self, name)
             least = 0 if name == "conv_size" else 1
             if value is not None and not least <= value <= most:
-                raise InputError(f"config: {name} must be from {least} to {most}, got {value}")
+                raise InputError(f"{name} must be from {least} to {most}, got {value}")
         if isinstance(self.operator, str):
             if self.operator not in OPERATORS:
                 known = ", ".join(OPERATORS)
-                raise InputError(f"config: operator must be {known} or an order, got {self.operator!r}")
+                raise InputError(f"operator must be {known} or an order, got {self.operator!r}")
         elif not 1 <= self.operator <= MAX_ORDER:
-            raise InputError(
-                f"config: an operator's order must be from 1 to {MAX_ORDER}, got {self.operator}"
-            )
+            raise InputError(f"an operator's order must be from 1 to {MAX_ORDER}, got {self.operator}")
         for name, allowed in {"decay": ("gate", "fixed", None), "qk_norm": ("rms", "l2", None)}.items():
             value = getattr(self, name)
             if value not in allowed:
-                raise InputError(f"config: {name} must be {', '.join(map(str, allowed))}, got {value!r}")
+                raise InputError(f"{name} must be {', '.join(map(str, allowed))}, got {value!r}")
         if self.operator == "softmax" and self.qk_norm == "l2":
-            raise InputError("config: the softmax operator takes qk_norm rms or None, got l2")
+            raise InputError("the softmax operator takes qk_norm rms or None, got l2")
         if self.conv_size == 1:
-            raise InputError("config: conv_size must be 0 (none) or at least 2, got 1")
+            raise InputError("conv_size must be 0 (none) or at least 2, got 1")
         if self.head_dim is None and self.dims % self.num_heads:
-            raise InputError(
-                f"config: dims {self.dims} is no multiple of num_heads {self.num_heads}; set head_dim"
-            )
+            raise InputError(f"dims {self.dims} is no multiple of num_heads {self.num_heads}; set head_dim")
         if self.num_heads % self.kv_heads:
-            raise InputError(
-                f"config: num_kv_heads {self.kv_heads} does not divide num_heads {self.num_heads}"
-            )
+            raise InputError(f"num_kv_heads {self.kv_heads} does not divide num_heads {self.num_heads}")
         if self.rotates and self.key_dim % 2:
-            raise InputError(
-                f"config: rotary positions (rope_theta) need an even head_dim, got {self.key_dim}"
-            )
+            raise InputError(f"rotary positions (rope_theta) need an even head_dim, got {self.key_dim}")
         if self.rope_theta is not None and not 1 <= self.rope_theta <= 1e12:
-            raise InputError(f"config: rope_theta must be from 1 to 1e12, got {self.rope_theta}")
+            raise InputError(f"rope_theta must be from 1 to 1e12, got {self.rope_theta}")
         if not 0 < self.norm_eps <= 0.1:
-            raise InputError(f"config: norm_eps must be above 0 and at most 0.1, got {self.norm_eps}")
+            raise InputError(f"norm_eps must be above 0 and at most 0.1, got {self.norm_eps}")
         if self.matrix_parameters > MAX_PARAMETERS:
-            raise InputError(
-                f"config: about {self.matrix_parameters:.1e} parameters, more than {MAX_PARAMETERS:.0e}"
-            )
+            raise InputError(f"about {self.matrix_parameters:.1e} parameters, more than {MAX_PARAMETERS:.0e}")
 
     @property
     def kv_heads(self) -> int:
@@ -133,71 +117,3 @@ class ModelConfig:
     @classmethod
     def load(cls, path: str | Path) -> ModelConfig:
         return cls.from_dict(read_json(path), str(path))
-
-
-def from_dict(cls, values: object, name: str):
-    """Build a dataclass from a JSON object; keys that it does not have are an error, not a surprise later."""
-    if not isinstance(values, dict):
-        raise InputError(f"{name}: must be a JSON object, got {type(values).__name__}")
-    known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        shown = ", ".join(repr(k[:40]) for k in unknown[:5])
-        raise InputError(f"{name}: unknown keys {shown}; known are {', '.join(sorted(known))}")
-    try:
-        return cls(**values)
-    except InputError as e:
-        raise InputError(f"{name}: {str(e).removeprefix('config: ')}") from None
-
-
-def read_json(path: str | Path) -> object:
-    """Parse a small JSON file, strictly: no NaN, no repeated keys, no bomb."""
-    path = Path(path)
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise InputError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")
-        return parse_json(path.read_bytes(), str(path))
-    except OSError as e:
-        raise InputError(f"{path}: cannot read it ({e.strerror or e})") from e
-
-
-def parse_json(data: bytes, name: str) -> object:
-    def constant(text):
-        raise ValueError(f"{text} is not JSON")
-
-    def unique(pairs):
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise ValueError("a key is repeated")
-        return result
-
-    try:
-        return json.loads(data.decode(), parse_constant=constant, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as e:  # a decode error is a ValueError too
-        raise InputError(f"{name}: not valid JSON ({' '.join(str(e).split())[:100]})") from None
-
-
-_TYPES = {
-    "int": (int,),
-    "int | None": (int, type(None)),
-    "float": (int, float),
-    "float | None": (int, float, type(None)),
-    "str": (str,),
-    "str | None": (str, type(None)),
-    "str | int": (str, int),
-    "bool": (bool,),
-}
-
-
-def _check_type(field: dataclasses.Field, value: object) -> None:
-    allowed = _TYPES[field.type]
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        raise InputError(f"config: {field.name} must be {field.type}, got {repr(value)[:60]}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"config: {field.name} must be finite, got {value}")
-
-
-def check_types(settings: object) -> None:
-    """Check every field of a dataclass instance against its annotation."""
-    for field in dataclasses.fields(settings):
-        _check_type(field, getattr(settings, field.name))

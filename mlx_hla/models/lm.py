@@ -9,20 +9,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
+from mlx_hla.errors import InputError
+from mlx_hla.losses import lent
 from mlx_hla.models.config import ModelConfig
+from mlx_hla.models.quantization import parameter_counts
 from mlx_hla.models.softmax import SoftmaxAttention
 from mlx_hla.nn import HLAttention
+from mlx_hla.settings import check_number, check_whole
+from mlx_hla.trees import flat
 
 # B batch, T time, V vocabulary
 
 
 def make_mixer(config: ModelConfig) -> nn.Module:
-    shared = {
+    shared: dict[str, Any] = {
         "num_kv_heads": config.kv_heads,
         "head_dim": config.key_dim,
         "qk_norm": config.qk_norm,
@@ -70,9 +76,39 @@ class Block(nn.Module):
         return x + (_dropout(y, dropout, keys[1]) if dropout else y)
 
 
+def _checkpointed(layer: nn.Module, run: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+    """run(x), computed again in the backward pass.
+
+    `nn.utils.checkpoint` would leave traced arrays in the layer. Only the weights and x are arguments:
+    `mx.checkpoint` differentiates by all of them, and dropout's keys have no gradient.
+    """
+
+    def pure(params, x):
+        with lent(layer, params):
+            return run(x)
+
+    return mx.checkpoint(pure)(layer.trainable_parameters(), x)
+
+
 def _dropout(x: mx.array, rate: float, key: mx.array) -> mx.array:
     keep = mx.random.bernoulli(1 - rate, x.shape, key=key)
     return mx.where(keep, x * (1 / (1 - rate)), 0).astype(x.dtype)
+
+
+def check_tokens(name: str, tokens: mx.array, vocab_size: int) -> None:
+    """Refuse ids without a row in the embedding: to read beyond it can end the process."""
+    if not isinstance(tokens, mx.array) or not mx.issubdtype(tokens.dtype, mx.integer):
+        got = tokens.dtype if isinstance(tokens, mx.array) else type(tokens).__name__
+        raise InputError(f"{name} must be an array of integers, got {got}")
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise InputError(f"{name} must be [B, T] with B, T >= 1, got {tokens.shape}")
+    try:
+        ends: list[Any] = [tokens.min().item(), tokens.max().item()]
+    except ValueError:  # traced: there is nothing to see
+        return
+    outside = [i for i in ends if not 0 <= i < vocab_size]
+    if outside:
+        raise InputError(f"{name} must be from 0 to {vocab_size - 1}, got {outside[0]}")
 
 
 class LanguageModel(nn.Module):
@@ -80,6 +116,9 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: ModelConfig, seed: int = 0):
         super().__init__()
+        if not isinstance(config, ModelConfig):
+            raise InputError(f"[LanguageModel] config must be a ModelConfig, got {repr(config)[:60]}")
+        check_whole("seed", seed, 0, 2**64 - 1)
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dims)
         self.layers = [Block(config) for _ in range(config.num_layers)]
@@ -97,26 +136,36 @@ class LanguageModel(nn.Module):
         key: mx.array | None = None,
         checkpoint: bool = False,
     ) -> mx.array:
-        """tokens [B, T] to logits [B, T, V].
+        """tokens [B, T], from 0 to V - 1, to logits [B, T, V].
+
+        Other ids are refused, for which the tokens must have been computed: a loop that wants to draw one
+        token while it computes the next calls `logits`, and vouches for them. In a compiled or mapped
+        function ids cannot be looked at, and are the caller's to check.
 
         cache: from `make_cache`, updated in place. mask, segment_ids: [B, T], as the mixer takes them.
         For training: `dropout` after every mixer and MLP, drawn from `key` and from nothing else; with
         `checkpoint` a block keeps its input only and is computed again in the backward pass.
         """
-        return self.embedding.as_linear(
-            self.features(tokens, cache, mask, segment_ids, dropout=dropout, key=key, checkpoint=checkpoint)
-        )
+        check_tokens("[LanguageModel] tokens", tokens, self.config.vocab_size)
+        return self.logits(tokens, cache, mask, segment_ids, dropout=dropout, key=key, checkpoint=checkpoint)
+
+    def logits(self, tokens: mx.array, *arguments, **options) -> mx.array:
+        """As the call, of ids that are known to be in range."""
+        return self.embedding.as_linear(self.features(tokens, *arguments, **options))
 
     def features(
         self, tokens, cache=None, mask=None, segment_ids=None, *, dropout=0.0, key=None, checkpoint=False
     ) -> mx.array:
-        """What the logits are a linear map of, [B, T, dims]."""
-        if tokens.ndim != 2 or 0 in tokens.shape:
-            raise ValueError(f"[LanguageModel] tokens must be [B, T] with B, T >= 1, got {tokens.shape}")
+        """What the logits are a linear map of, [B, T, dims]; of ids that are known to be in range."""
+        if not 0 <= check_number("[LanguageModel] dropout", dropout) < 1:
+            raise InputError(f"[LanguageModel] dropout must be from 0 to below 1, got {dropout}")
         if dropout and key is None:
-            raise ValueError("[LanguageModel] dropout needs a key")
+            raise InputError("[LanguageModel] dropout needs a key")
+        if cache is not None and (not isinstance(cache, list) or len(cache) != len(self.layers)):
+            got = f"{len(cache)} entries" if isinstance(cache, list) else repr(cache)[:60]
+            raise InputError(f"[LanguageModel] cache must be what make_cache gives, got {got}")
         x = self.embedding(tokens)
-        keys = [None] * len(self.layers)
+        keys: Any = [None] * len(self.layers)
         if dropout:
             # Drawn outside the blocks: a checkpointed block must see the same key when it is computed again.
             keys = mx.random.split(key, 2 * len(self.layers)).reshape(len(self.layers), 2, -1)
@@ -125,8 +174,7 @@ class LanguageModel(nn.Module):
             def run(x, layer=layer, cache=None if cache is None else cache[i], keys=keys[i]):
                 return layer(x, mask, segment_ids, cache, dropout, keys)
 
-            # Only x is an argument: `mx.checkpoint` differentiates by all, and keys have no gradient.
-            x = nn.utils.checkpoint(layer, run)(x) if checkpoint else run(x)
+            x = _checkpointed(layer, run, x) if checkpoint else run(x)
         return self.norm(x)
 
     def make_cache(self) -> list:
@@ -134,7 +182,7 @@ class LanguageModel(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        return sum(a.size for _, a in tree_flatten(self.parameters()))
+        return sum(parameter_counts(self).values())
 
 
 # name -> how it starts; the first that matches counts. `fan_in` is a matrix's number of columns.
@@ -166,7 +214,7 @@ INIT_TABLE: list[tuple[str, str, Rule]] = [
 
 def init_weights(model: LanguageModel, seed: int) -> None:
     """Set every parameter by `INIT_TABLE`; a parameter that no row names is an error."""
-    named = sorted(tree_flatten(model.parameters()))
+    named = sorted(flat(model.parameters()).items(), key=lambda item: item[0])
     keys = mx.random.split(mx.random.key(seed), len(named))
     fresh = []
     for (name, old), key in zip(named, keys, strict=True):

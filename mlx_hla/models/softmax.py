@@ -5,8 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_hla.models.cache import KVCache
 from mlx_hla.nn import ShortConv
+from mlx_hla.nn.cache import KVCache
 
 # B batch, T time, H heads, D head dim
 

@@ -5,6 +5,9 @@ import mlx.nn as nn
 
 from .attention import HLAttention
 
+# What an additive mask hides has at most this: exp(-1000) is 0 in float32, and -1e4 is -9984 in bfloat16.
+HIDDEN = -1000
+
 
 class SelfAttentionAdapter(nn.Module):
     """Gives `HLAttention` the call of `nn.MultiHeadAttention`: (queries, keys, values, mask).
@@ -47,7 +50,7 @@ def _check_causal(mask, T):
             "for padding call HLAttention with mask=[B, T]"
         )
     visible = mask if mask.dtype == mx.bool_ else mask == 0
-    hidden = ~mask if mask.dtype == mx.bool_ else mask <= -1e4
+    hidden = ~mask if mask.dtype == mx.bool_ else mask <= HIDDEN
     causal = mx.tril(mx.ones((T, T), mx.bool_))
     same = mx.all(mx.where(causal, visible.reshape(T, T), hidden.reshape(T, T)))
     try:

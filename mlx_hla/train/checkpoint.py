@@ -6,20 +6,23 @@ import dataclasses
 import json
 import re
 import shutil
-import uuid
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlx_hla.errors import InputError
+from mlx_hla.files import write_atomic
 from mlx_hla.models import LanguageModel, ModelConfig
-from mlx_hla.models.config import read_json
-from mlx_hla.models.io import CONFIG, TOKENIZER, load_tensors, write_atomic
+from mlx_hla.models.io import CONFIG, TOKENIZER, check_vocabulary, load_tensors
+from mlx_hla.settings import read_json
 from mlx_hla.tokenizer import Tokenizer
-from mlx_hla.train.settings import TrainConfig
+from mlx_hla.train.folder import new_folder
+from mlx_hla.train.presets import TrainConfig
 from mlx_hla.train.step import Trainer
+from mlx_hla.trees import finite, flat
 
 WEIGHTS, OPTIMIZER, PROGRESS = "weights.safetensors", "optimizer.safetensors", "progress.json"
 _NAME = re.compile(r"checkpoint-(\d{8})")
@@ -34,20 +37,24 @@ class Checkpoint(NamedTuple):
     corpus: str  # the corpus's digest
 
 
-def save_checkpoint(out: Path, step: int, trainer: Trainer, model_config, tokenizer, corpus: str) -> Path:
+def save_checkpoint(out: Path, step: int, run: Checkpoint) -> Path:
     """Write `checkpoint-<step>` beside the older one, then remove that: there is always a whole one."""
-    final = out / f"checkpoint-{step:08d}"
+    final, trainer = out / f"checkpoint-{step:08d}", run.trainer
     if final.exists():
         return final  # a run resumed and stopped again before its first step
-    folder = out / f".{uuid.uuid4().hex[:8]}.checkpoint"
-    folder.mkdir(parents=True)
+    if not finite((trainer.params, trainer.state)):
+        raise InputError(f"step {step}: the weights hold NaN or infinity: not saved; {last_good(out)}")
+    progress = {"step": step, "corpus": run.corpus, "settings": dataclasses.asdict(trainer.settings)}
+    folder = new_folder(out)
     try:
-        progress = {"step": step, "corpus": corpus, "settings": dataclasses.asdict(trainer.settings)}
-        write_atomic(folder / TOKENIZER, tokenizer.save)
-        write_atomic(folder / CONFIG, lambda p: p.write_text(model_config.to_json()))
-        write_atomic(folder / PROGRESS, lambda p: p.write_text(json.dumps(progress, indent=2) + "\n"))
+        for name, data in (
+            (TOKENIZER, run.tokenizer.proto),
+            (CONFIG, run.model.config.to_json().encode()),
+            (PROGRESS, (json.dumps(progress, indent=2) + "\n").encode()),
+        ):
+            write_atomic(folder / name, partial(_write, data=data))
         for name, tree in ((WEIGHTS, trainer.params), (OPTIMIZER, trainer.state)):
-            write_atomic(folder / name, lambda p, t=tree: mx.save_safetensors(str(p), dict(tree_flatten(t))))
+            write_atomic(folder / name, partial(mx.save_safetensors, arrays=flat(tree)))
         folder.rename(final)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -57,11 +64,21 @@ def save_checkpoint(out: Path, step: int, trainer: Trainer, model_config, tokeni
     return final
 
 
+def _write(file: BinaryIO, data: bytes) -> None:
+    file.write(data)
+
+
 def find_checkpoints(out: Path) -> list[Path]:
     """The saved steps of a run, oldest first."""
     if not out.is_dir():
         return []
     return sorted(p for p in out.iterdir() if _NAME.fullmatch(p.name) and p.is_dir())
+
+
+def last_good(out: Path) -> str:
+    """Where a run that failed can go on from, in words."""
+    found = find_checkpoints(out)
+    return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
 
 def load_checkpoint(out: Path) -> Checkpoint:
@@ -79,14 +96,26 @@ def load_checkpoint(out: Path) -> Checkpoint:
     settings = dataclasses.replace(settings, out=str(out))  # the folder may have been moved
     config = ModelConfig.load(folder / CONFIG)
     tokenizer = Tokenizer.load(folder / TOKENIZER)
+    check_vocabulary(config, tokenizer, folder / TOKENIZER)
     model = LanguageModel(config)
     trainer = Trainer(model, settings)
-    trainer.params = _load(folder / WEIGHTS, trainer.params, ("F32",))
-    trainer.state = _load(folder / OPTIMIZER, trainer.state, ("F32", "U64"))
+    trainer.params = _load(folder / WEIGHTS, trainer.params)
+    trainer.state = _load(folder / OPTIMIZER, trainer.state)
     return Checkpoint(step, settings, model, tokenizer, trainer, corpus)
 
 
-def _load(path: Path, like: dict, dtypes: tuple[str, ...]) -> dict:
-    flat = tree_flatten(like)
-    tensors = load_tensors(path, {name: a.shape for name, a in flat}, dtypes)
-    return tree_unflatten([(name, tensors[name].astype(a.dtype)) for name, a in flat])
+def lengthened(run: Checkpoint, steps: int) -> Checkpoint:
+    """The same run with another number of steps in all."""
+    settings = dataclasses.replace(run.settings, steps=steps)
+    if steps <= run.step:
+        raise InputError(f"{settings.out}: has taken {run.step} steps; steps must be more, got {steps}")
+    run.trainer.settings = settings
+    return run._replace(settings=settings)
+
+
+def _load(path: Path, like: dict) -> dict:
+    wanted = flat(like)
+    tensors = load_tensors(path, wanted, ("F32",))
+    if not finite(tensors):
+        raise InputError(f"{path}: holds NaN or infinity: a run that diverged cannot go on from it")
+    return tree_unflatten([(name, tensors[name]) for name in wanted])

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import signal
-import threading
-from collections.abc import Iterator
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +12,19 @@ import mlx.core as mx
 from mlx_hla import data
 from mlx_hla.devices import compute_dtype
 from mlx_hla.errors import InputError
-from mlx_hla.evaluate import Scorer
-from mlx_hla.models import LanguageModel, ModelConfig, save
+from mlx_hla.files import as_path
+from mlx_hla.losses import Scorer
+from mlx_hla.models import LanguageModel, ModelConfig, load, save
 from mlx_hla.models.io import CONFIG, WEIGHTS
+from mlx_hla.models.quantization import entry_of
 from mlx_hla.tokenizer import Tokenizer, train_tokenizer
-from mlx_hla.train.checkpoint import Checkpoint, find_checkpoints, load_checkpoint, save_checkpoint
+from mlx_hla.train.checkpoint import Checkpoint, find_checkpoints, lengthened, load_checkpoint
+from mlx_hla.train.course import Course
+from mlx_hla.train.estimate import check_memory
+from mlx_hla.train.folder import held
+from mlx_hla.train.presets import TrainConfig
 from mlx_hla.train.report import Report, require
-from mlx_hla.train.settings import TrainConfig
+from mlx_hla.train.signals import stop_on_signals
 from mlx_hla.train.step import Trainer
 
 
@@ -34,30 +37,74 @@ class Result(NamedTuple):
 
 def train(config: ModelConfig, settings: TrainConfig) -> Result:
     """Train a fresh model. Refuses a folder that holds a run already."""
+    for name, value, kind in (("config", config, ModelConfig), ("settings", settings, TrainConfig)):
+        if not isinstance(value, kind):
+            raise InputError(f"{name} must be a {kind.__name__}, got {repr(value)[:60]}")
     _check_extra()
+    # A run may be resumed from another folder than the one that it was begun in.
+    for name in ("data", "tokenizer", "init_from"):
+        if (path := getattr(settings, name)) is not None:
+            settings = dataclasses.replace(settings, **{name: os.path.abspath(path)})
     out = Path(settings.out)
-    if find_checkpoints(out) or (out / CONFIG).exists():
-        raise InputError(f"{out}: holds a run already; choose another --out, or --resume it")
+    _check_fresh(out)
     corpus = _read_corpus(settings)
+    model, tokenizer = _begin(config, settings, corpus)
+    trainer = Trainer(model, settings)
+    with held(out):
+        _check_fresh(out)  # another run may have come and gone while this one read
+        return _run(Checkpoint(0, settings, model, tokenizer, trainer, corpus.digest), corpus)
+
+
+def resume(out: str | Path, steps: int | None = None) -> Result:
+    """Go on with the run in `out` from its last checkpoint, with the settings that it has.
+
+    `steps`: as many in all, instead of the run's own number; from here on the learning rate is that of a run
+    which was to have so many from its start. A finished run can be lengthened.
+    """
+    _check_extra()
+    out = as_path("out", out)
+    if not find_checkpoints(out):
+        raise InputError(f"{out}: no checkpoint to resume from")
+    with held(out):
+        saved = load_checkpoint(out)
+        if steps is not None:
+            saved = lengthened(saved, steps)
+        corpus = _read_corpus(saved.settings)
+        if corpus.digest != saved.corpus:
+            raise InputError(f"{out}: the corpus ({corpus.name}) is not the one that the run began with")
+        return _run(saved, corpus)
+
+
+def _begin(
+    config: ModelConfig, settings: TrainConfig, corpus: data.Corpus
+) -> tuple[LanguageModel, Tokenizer]:
+    """A model to train, and the tokenizer of its texts."""
+    if settings.init_from is not None:
+        model, tokenizer = load(settings.init_from, mx.float32)
+        if entry_of(model) is not None:
+            raise InputError(f"{settings.init_from}: is quantised: packed weights cannot be trained")
+        # All that the weights fit comes with them; how long a text is trained on does not.
+        model.config = dataclasses.replace(model.config, context=config.context)
+        check_memory(model.config, settings)
+        return model, tokenizer
     if settings.tokenizer is not None:
         tokenizer = Tokenizer.load(settings.tokenizer)
-        config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     else:
         tokenizer = train_tokenizer(corpus.train, config.vocab_size)
-    out.mkdir(parents=True, exist_ok=True)
-    model = LanguageModel(config, settings.seed)
-    trainer = Trainer(model, settings)
-    return _run(Checkpoint(0, settings, model, tokenizer, trainer, corpus.digest), corpus)
+        if tokenizer.vocab_size < config.vocab_size:
+            print(
+                f"a corpus of this size gives {tokenizer.vocab_size} tokens: vocab_size is that, "
+                f"and not {config.vocab_size}",
+                flush=True,
+            )
+    config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+    check_memory(config, settings)
+    return LanguageModel(config, settings.seed), tokenizer
 
 
-def resume(out: str | Path) -> Result:
-    """Go on with the run in `out` from its last checkpoint, with the settings that it has."""
-    _check_extra()
-    saved = load_checkpoint(Path(out))
-    corpus = _read_corpus(saved.settings)
-    if corpus.digest != saved.corpus:
-        raise InputError(f"{out}: the corpus ({corpus.name}) is not the one that the run began with")
-    return _run(saved, corpus)
+def _check_fresh(out: Path) -> None:
+    if find_checkpoints(out) or (out / CONFIG).exists():
+        raise InputError(f"{out}: holds a run already; choose another --out, or --resume it")
 
 
 def _check_extra() -> None:
@@ -67,7 +114,7 @@ def _check_extra() -> None:
 
 
 def _read_corpus(settings: TrainConfig) -> data.Corpus:
-    corpus = data.load_corpus(settings.data, settings.valid_fraction, settings.max_bytes)
+    corpus = data.load_corpus(settings.data, settings.valid_fraction, settings.max_bytes, settings.suffix)
     print(corpus.describe(), flush=True)
     return corpus
 
@@ -93,7 +140,8 @@ def _run(run: Checkpoint, corpus: data.Corpus) -> Result:
     )
     report.say(
         f"{model.config.operator} model of {model.num_parameters:,} parameters; {len(stream):,} tokens of "
-        f"{sizes[stream].mean():.2f} bytes; steps of {per_step:,} tokens; {mx.default_device()}"
+        f"{sizes[stream].mean():.2f} bytes; steps of {per_step:,} tokens; {mx.default_device()}; "
+        f"about {check_memory(model.config, settings) / 1e9:.2g} GB of memory"
     )
     report.event(
         "resume" if run.step else "start",
@@ -108,10 +156,12 @@ def _run(run: Checkpoint, corpus: data.Corpus) -> Result:
         mlx=mx.__version__,
     )
     try:
-        with _signals() as stopping:
-            step, valid = _steps(run, batches, scorer, report, corpus, stopping)
+        with stop_on_signals(report.say) as stop:
+            course = Course(run, batches, scorer, report, stop)
+            course.take()
+        step, valid = course.step, course.valid
         title = f"{model.config.operator}, {model.num_parameters / 1e6:.1f} M parameters"
-        if step < settings.steps:
+        if not course.finished:
             report.say(f"stopped after step {step}; go on with: mlx-hla train --resume --out {out}")
             return Result(False, step, valid, out)
         report.event("end", step=step, nats_per_byte=valid, peak_memory=mx.get_peak_memory())
@@ -126,66 +176,3 @@ def _run(run: Checkpoint, corpus: data.Corpus) -> Result:
         return Result(True, step, valid, out)
     finally:
         report.close()
-
-
-def _steps(run, batches, scorer, report, corpus, stopping) -> tuple[int, float | None]:
-    """Train until the end or a signal; returns the steps taken and the last validation's result."""
-    settings, trainer = run.settings, run.trainer
-    A = settings.accumulate
-    valid, pending, step = None, None, run.step
-
-    def write_down():
-        if pending is not None:
-            number, loss, norm = pending
-            report.step(number + 1, loss.item(), norm.item(), settings.learning_rate(number))
-
-    def keep():
-        return save_checkpoint(
-            Path(settings.out), step, trainer, run.model.config, run.tokenizer, corpus.digest
-        )
-
-    while step < settings.steps and not stopping.is_set():
-        loss, norm = trainer.step(step, [batches[step * A + i] for i in range(A)])
-        write_down()  # of the step before: reading its loss must not hold this one up
-        pending = (step, loss, norm)
-        step += 1
-        last = step == settings.steps
-        if step % settings.valid_every == 0 or last:
-            write_down()
-            pending = None
-            with report.pause():
-                valid = scorer(trainer.params)
-            report.validated(step, valid)
-        if step % settings.save_every == 0 or last:
-            write_down()
-            pending = None
-            with report.pause():
-                keep()
-    write_down()
-    if step < settings.steps:
-        keep()
-    elif run.step == settings.steps:  # all steps taken, but perhaps killed before its model was saved
-        valid = scorer(trainer.params)
-    return step, valid
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or a termination sets, so that a step is never cut in two; twice stops at once."""
-    stopping = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopping
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number, frame):
-        stopping.set()
-        signal.signal(number, signal.default_int_handler)
-
-    for s in before:
-        signal.signal(s, handle)
-    try:
-        yield stopping
-    finally:
-        for s, old in before.items():
-            signal.signal(s, old)

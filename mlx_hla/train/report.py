@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,12 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_hla.errors import InputError
+from mlx_hla.files import read_bytes, write_atomic
+from mlx_hla.settings import parse_json
+from mlx_hla.train.estimate import pace
 
+MAX_LOG_BYTES = 1 << 28
+PACE_STEPS = 10  # after so many, the run says how long it will take
 LOG, PICTURE = "log.jsonl", "loss.png"
 
 
@@ -34,24 +38,28 @@ class Report:
     def __init__(self, out: Path, *, start: int, steps: int, tokens_per_step: int, log_every: int):
         self._path = out / LOG
         self._events = _kept(self._path, start)
-        # Written anew with what is kept: the steps beyond the checkpoint will be taken again.
-        self._file = self._path.open("w", encoding="utf-8")
-        for event in self._events:
-            self._file.write(json.dumps(event) + "\n")
+        # Replaced by what is kept: the steps beyond the checkpoint will be taken again.
+        kept = "".join(_line(event) for event in self._events).encode()
+        write_atomic(self._path, lambda file: file.write(kept))
+        self._file = self._path.open("a", encoding="utf-8")
         self._steps, self._tokens, self._every = steps, tokens_per_step, log_every
         self._bar = None
         if sys.stderr.isatty():
             self._bar = require("tqdm").tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
         self._valid: float | None = None
         self._mark_time, self._mark_step = time.perf_counter(), start
+        self._start_time, self._start_step = self._mark_time, start
         self._tps = 0.0
 
     def event(self, kind: str, **values) -> None:
         event = {"event": kind, **values}
         self._events.append(event)
-        self._file.write(json.dumps(event) + "\n")
+        self._file.write(_line(event))
         if kind != "step":
-            self._file.flush()
+            self.flush()
+
+    def flush(self) -> None:
+        self._file.flush()
 
     def say(self, line: str) -> None:
         if self._bar is not None:
@@ -61,12 +69,13 @@ class Report:
 
     def step(self, step: int, loss: float, norm: float, lr: float) -> None:
         self.event("step", step=step, loss=loss, grad_norm=norm, lr=lr)
+        taken, left = step - self._start_step, self._steps - step
+        if taken == PACE_STEPS and left:
+            self.say(pace(time.perf_counter() - self._start_time, taken, left))
         due = step % self._every == 0 or step == self._steps
         if due:
-            now = time.perf_counter()
-            self._tps = (step - self._mark_step) * self._tokens / max(now - self._mark_time, 1e-9)
-            self._mark_time, self._mark_step = now, step
-            self._file.flush()
+            self._measure(step)
+            self.flush()
         peak = mx.get_peak_memory() / 1e9
         valid = "" if self._valid is None else f", valid {self._valid:.4f} nats/byte"
         tail = f"{self._tps:,.0f} tokens/s, peak {peak:.2f} GB{valid}"
@@ -75,6 +84,18 @@ class Report:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {tail}")
         elif due:
             self.say(f"step {step}/{self._steps}: loss {loss:.4f}, lr {lr:.2e}, {tail}")
+
+    def _measure(self, step: int) -> None:
+        """Tokens a second since the last time; two steps read back to back tell nothing of the pace."""
+        now = time.perf_counter()
+        if now - self._mark_time > 0.2 or not self._tps:
+            self._tps = (step - self._mark_step) * self._tokens / max(now - self._mark_time, 1e-9)
+            self._mark_time, self._mark_step = now, step
+
+    def validation_of(self, step: int) -> float | None:
+        """The result of a validation after `step`, if the log has one."""
+        found = [e["nats_per_byte"] for e in self._events if e["event"] == "valid" and e["step"] == step]
+        return found[-1] if found else None
 
     def validated(self, step: int, nats_per_byte: float) -> None:
         self._valid = nats_per_byte
@@ -103,7 +124,24 @@ class _Pause:
         self._start = time.perf_counter()
 
     def __exit__(self, *_):
-        self._report._mark_time += time.perf_counter() - self._start
+        seconds = time.perf_counter() - self._start
+        self._report._mark_time += seconds
+        self._report._start_time += seconds
+
+
+def _line(event: dict) -> str:
+    return json.dumps(event, allow_nan=False) + "\n"
+
+
+_NUMBERS = {"step": ("loss", "grad_norm", "lr"), "valid": ("nats_per_byte",)}
+
+
+def _is_event(event: object) -> bool:
+    """Whether a line of a log is one that a run wrote, with the numbers that the picture needs."""
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return False
+    numbers = [event.get(name) for name in _NUMBERS.get(event["event"], ())]
+    return type(event.get("step")) is int and all(type(n) in (int, float) for n in numbers)
 
 
 def _kept(path: Path, start: int) -> list[dict]:
@@ -111,12 +149,12 @@ def _kept(path: Path, start: int) -> list[dict]:
     if start == 0 or not path.exists():
         return []
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_bytes(path, MAX_LOG_BYTES).split(b"\n"):
         try:
-            event = json.loads(line)
-        except ValueError:
+            event = parse_json(line, str(path))
+        except InputError:
             continue  # a line that a killed run left half written
-        if isinstance(event, dict) and event.get("step", 0) <= start:
+        if _is_event(event) and event["step"] <= start:
             events.append(event)
     return events
 
@@ -137,8 +175,6 @@ def draw(path: Path, events: list[dict], title: str, bytes_per_token: float) -> 
     if steps or valid:
         axes.legend()
     figure.tight_layout()
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    figure.savefig(temporary)
+    write_atomic(path, lambda file: figure.savefig(file, format="png"))
     plt.close(figure)
-    os.replace(temporary, path)
     return path

@@ -5,10 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
+from mlx_hla.data import parse_suffixes
 from mlx_hla.errors import InputError
-from mlx_hla.models.config import ModelConfig, check_types, from_dict, option
+from mlx_hla.models import ModelConfig
+from mlx_hla.settings import check_types, check_whole, from_dict, option
 
+T = TypeVar("T")
+MOST = 10**8 - 1  # a checkpoint's name has eight digits
 DTYPES = ("auto", "bfloat16", "float32")
 
 
@@ -19,6 +24,8 @@ class TrainConfig:
     out: str = option("runs/small", "folder for the model, checkpoints, log and picture")
     data: str | None = option(None, "folder or file of text; none: the Python standard library")
     tokenizer: str | None = option(None, "a tokenizer.model; none: learn one from the corpus")
+    init_from: str | None = option(None, "a model's folder: start from its weights, with its tokenizer")
+    suffix: str | None = option(None, "read files that end so, as .swift,.h; none: Python, prose, .jsonl")
     max_bytes: int | None = option(None, "read no more of the corpus than this")
     valid_fraction: float = option(0.05, "share of the files that validate")
     seed: int = option(0, "of weights, batches and dropout")
@@ -42,14 +49,19 @@ class TrainConfig:
 
     def __post_init__(self):
         check_types(self)
+        for name in ("out", "data", "tokenizer", "init_from"):
+            if getattr(self, name) == "":
+                raise InputError(f"{name} must be a path, got ''")
+        if self.init_from is not None and self.tokenizer is not None:
+            raise InputError("init_from brings a tokenizer of its own: leave out tokenizer")
+        parse_suffixes(self.suffix)
         for name in ("steps", "batch_size", "accumulate", "valid_every", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.seed >= 2**32:
-            raise InputError(f"seed must be below 2**32, got {self.seed}")
-        for name in ("seed", "warmup", "valid_batches", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+            check_whole(name, getattr(self, name), 1, MOST)
+        for name in ("warmup", "valid_batches"):
+            check_whole(name, getattr(self, name), 0, MOST)
+        check_whole("seed", self.seed, 0, 2**32 - 1)
+        if self.weight_decay < 0:
+            raise InputError(f"weight_decay must not be negative, got {self.weight_decay}")
         for name in ("final_lr", "beta1", "beta2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
@@ -84,10 +96,10 @@ class Preset:
 
 
 PRESETS = {
-    "small": Preset("5.8 million parameters: the model that ships", ModelConfig(), TrainConfig()),
+    "small": Preset("5.9 million parameters, trained as the model that ships", ModelConfig(), TrainConfig()),
     "tiny": Preset(
         "a try-out: well under a minute on two CPU cores",
-        ModelConfig(vocab_size=512, dims=64, num_layers=2, num_heads=2, hidden_dims=160, context=128),
+        ModelConfig(vocab_size=512, dims=64, num_layers=2, num_heads=2, hidden_dims=192, context=128),
         TrainConfig(
             out="runs/tiny",
             max_bytes=500_000,
@@ -110,10 +122,15 @@ def preset(
     name: str, model: dict | None = None, train: dict | None = None
 ) -> tuple[ModelConfig, TrainConfig]:
     """A preset's settings with some fields replaced."""
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     chosen = PRESETS[name]
-    return (
-        dataclasses.replace(chosen.model, **(model or {})),
-        dataclasses.replace(chosen.train, **(train or {})),
-    )
+    return _replaced(chosen.model, model, "model"), _replaced(chosen.train, train, "train")
+
+
+def _replaced(settings: T, changes: dict | None, name: str) -> T:
+    known = {f.name for f in dataclasses.fields(settings)}  # type: ignore[arg-type]
+    unknown = sorted(str(key) for key in set(changes or {}) - known)
+    if unknown:
+        raise InputError(f"{name} has no field {unknown[0][:40]!r}; it has {', '.join(sorted(known))}")
+    return dataclasses.replace(settings, **(changes or {}))  # type: ignore[type-var]

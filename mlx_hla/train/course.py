@@ -1,0 +1,108 @@
+"""The course of a run: steps, validations, checkpoints, until the end, a signal or a divergence."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_hla.data import Batches
+from mlx_hla.errors import InputError
+from mlx_hla.losses import Scorer
+from mlx_hla.train.checkpoint import Checkpoint, last_good, save_checkpoint
+from mlx_hla.train.report import Report
+from mlx_hla.train.signals import Stop, Stopped
+
+
+class Taken(NamedTuple):
+    """A step whose numbers nobody has looked at yet."""
+
+    step: int  # steps taken with it
+    loss: mx.array
+    norm: mx.array
+
+
+class Course:
+    """One run from its checkpoint on."""
+
+    def __init__(self, run: Checkpoint, batches: Batches, scorer: Scorer, report: Report, stop: Stop):
+        self.step = run.step
+        self.valid: float | None = None  # the last validation's result
+        self._run, self._batches, self._scorer, self._report, self._stop = run, batches, scorer, report, stop
+        self._out = Path(run.settings.out)
+        self._pending: Taken | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.step == self._run.settings.steps and self.valid is not None
+
+    def take(self) -> None:
+        """Go on until the end or a signal, and leave a checkpoint of the last step taken."""
+        settings = self._run.settings
+        try:
+            if self.step and self._due(settings.valid_every):
+                self._validate()  # unless it was, before the run was stopped
+            while self.step < settings.steps:
+                self._stop.check()
+                self._take_one()
+                if self._due(settings.valid_every):
+                    self._validate()
+                if self._due(settings.save_every):
+                    self._save()
+        except Stopped:
+            pass
+        self._save()
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self._run.settings.steps
+
+    def _take_one(self) -> None:
+        trainer, settings = self._run.trainer, self._run.settings
+        self._stop.busy_with = f"a forward and backward pass of step {self.step + 1} of {settings.steps}"
+        first = self.step * settings.accumulate
+        batches = [self._batches[first + i] for i in range(settings.accumulate)]
+        loss, norm = trainer.step(self.step, batches, self._stop.check)
+        self._write_down()  # of the step before: reading its loss must not hold this one up
+        self.step += 1
+        self._pending = Taken(self.step, loss, norm)
+        if trainer.waits:
+            self._write_down()
+
+    def _write_down(self) -> None:
+        if self._pending is None:
+            return
+        (step, *arrays), self._pending = self._pending, None
+        loss, norm = (float(a.item()) for a in arrays)
+        self._check(step, "loss", loss)
+        self._check(step, "gradient norm", norm)
+        self._report.step(step, loss, norm, self._run.settings.learning_rate(step - 1))
+
+    def _check(self, step: int, name: str, value: float) -> None:
+        if math.isfinite(value):
+            return
+        rate = self._run.settings.learning_rate(step - 1)
+        self._report.event("diverged", step=step, what=name, lr=rate)
+        raise InputError(
+            f"the run diverged: at step {step} the {name} is {value}, at a learning rate of {rate:.3g}; "
+            f"{last_good(self._out)}. Begin again with a lower --lr or a longer --warmup"
+        )
+
+    def _validate(self) -> None:
+        self._write_down()
+        self.valid = self._report.validation_of(self.step)
+        if self.valid is not None:
+            return
+        self._stop.busy_with = f"a batch of the validation after step {self.step}"
+        with self._report.pause():
+            valid = self._scorer(self._run.trainer.params, lambda *_: self._stop.check())
+        self._check(self.step, "validation loss", valid)
+        self._report.validated(self.step, valid)
+        self.valid = valid
+
+    def _save(self) -> None:
+        self._write_down()
+        self._report.flush()  # a run killed later goes on from here, and must find the log up to here
+        with self._report.pause():
+            save_checkpoint(self._out, self.step, self._run)

@@ -1,0 +1,73 @@
+"""Ctrl-C and termination: heard at once, answered between two passes, so that no step is cut in two."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+
+class Stopped(Exception):
+    """Work that was left off because a signal came."""
+
+
+class Stop:
+    """Whether a signal came, and what the run is busy with, for the answer to it."""
+
+    def __init__(self) -> None:
+        self.busy_with = "the first step"
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        self._event.set()
+
+    def __bool__(self) -> bool:
+        return self._event.is_set()
+
+    def check(self) -> None:
+        """Leave off if a signal came."""
+        if self:
+            raise Stopped
+
+
+@contextlib.contextmanager
+def stop_on_signals(say: Callable[[str], None]) -> Iterator[Stop]:
+    """A `Stop` that Ctrl-C and termination set; a second signal ends the process there and then.
+
+    Python runs its handlers between two steps of the main thread, which may spend minutes inside one call of
+    MLX. So the signal is also written to a pipe, and a thread that waits there answers.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def listen() -> None:
+        came = 0
+        while number := os.read(reader, 1):
+            if number[0] not in watched:
+                continue
+            came += 1
+            if came > 1:
+                os._exit(128 + number[0])  # what is on the disk is whole at any moment
+            stop.set()
+            say(f"stopping after {stop.busy_with}, which is under way; once more ends at once")
+
+    watched = (signal.SIGINT, signal.SIGTERM)
+    before = {s: signal.signal(s, lambda *_: stop.set()) for s in watched}
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    try:
+        yield stop
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for s, old in before.items():
+            signal.signal(s, old)
+        os.close(writer)  # the listener reads the end of the pipe, and ends
+        thread.join()
+        os.close(reader)
