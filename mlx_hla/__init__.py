@@ -1,10 +1,13 @@
 """Higher-order Linear Attention (arXiv 2510.27258) for Apple MLX."""
 
-import importlib
-import importlib.util
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
+import importlib
+
+TYPE_CHECKING = False  # as in `typing`, whose import would be a third of this package's
 if TYPE_CHECKING:
+    from typing import Any
+
     from . import ops  # noqa: F401
     from .ops import *  # noqa: F403
 
@@ -18,7 +21,9 @@ def __getattr__(name: str) -> Any:
     """
     if name.startswith("_") and name != "__all__":
         raise AttributeError(f"module 'mlx_hla' has no attribute {name!r}")
-    if importlib.util.find_spec(f"mlx_hla.{name}"):
+    from importlib.util import find_spec
+
+    if find_spec(f"mlx_hla.{name}"):
         return importlib.import_module(f"mlx_hla.{name}")
     try:
         ops = importlib.import_module("mlx_hla.ops")
