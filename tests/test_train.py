@@ -11,13 +11,14 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_hla import progress
 from mlx_hla.data import Batches, bytes_per_token, encode_texts
 from mlx_hla.errors import InputError
 from mlx_hla.evaluate import Scorer, cut_function, function_headers, next_statement, parse, parse_share
 from mlx_hla.models import LanguageModel, ModelConfig, load, save
 from mlx_hla.sampling import Sampling
 from mlx_hla.tokenizer import train_tokenizer
-from mlx_hla.train import PRESETS, TrainConfig, loop, preset, report, resume, train
+from mlx_hla.train import PRESETS, TrainConfig, loop, preset, resume, train
 from mlx_hla.train.checkpoint import find_checkpoints
 from mlx_hla.train.step import Trainer
 
@@ -309,7 +310,7 @@ def test_missing_packages_are_named_at_the_start(corpus, tmp_path, monkeypatch):
     def missing(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(report.importlib, "import_module", missing)
+    monkeypatch.setattr(progress.importlib, "import_module", missing)
     with pytest.raises(InputError, match=r"pip install 'mlx-hla\[train\]'"):
         train(*configs(corpus, tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -24,6 +24,7 @@ Without the output norm, o is as large as it is.
 # B batch, T time, Hq query heads, Hkv key-value heads, D key dim, Dv value dim, C convolution channels
 
 import copy
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,7 +38,7 @@ from .conv import ShortConv
 from .gate import DecayGate, fixed_decay
 from .padding import packing
 
-_ACTIVATIONS = {"silu": nn.silu, "sigmoid": mx.sigmoid}
+_ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {"silu": nn.silu, "sigmoid": mx.sigmoid}
 _QK_EPS = 1e-6
 _OUT_EPS = 1e-5
 

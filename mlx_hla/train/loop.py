@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,13 +18,14 @@ from mlx_hla.losses import Scorer
 from mlx_hla.models import LanguageModel, ModelConfig, load, save
 from mlx_hla.models.io import CONFIG, WEIGHTS
 from mlx_hla.models.quantization import entry_of
+from mlx_hla.progress import require
 from mlx_hla.tokenizer import Tokenizer, train_tokenizer
 from mlx_hla.train.checkpoint import Checkpoint, find_checkpoints, lengthened, load_checkpoint
 from mlx_hla.train.course import Course
 from mlx_hla.train.estimate import check_memory
 from mlx_hla.train.folder import held
 from mlx_hla.train.presets import TrainConfig
-from mlx_hla.train.report import Report, require
+from mlx_hla.train.report import Report
 from mlx_hla.train.signals import stop_on_signals
 from mlx_hla.train.step import Trainer
 
@@ -153,7 +155,7 @@ def _run(run: Checkpoint, corpus: data.Corpus) -> Result:
         digest=corpus.digest,
         train_tokens=len(stream),
         valid_bytes=scorer.bytes,
-        mlx=mx.__version__,
+        mlx=version("mlx"),
     )
     try:
         with stop_on_signals(report.say) as stop:
