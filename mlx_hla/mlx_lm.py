@@ -45,6 +45,7 @@ from mlx_hla.nn.cache import arrays, fill
 try:
     from mlx_lm import utils
     from mlx_lm.models.cache import ArraysCache
+    from transformers import AutoConfig, PretrainedConfig
 except ImportError as e:
     raise ImportError(about_import(e), name=e.name) from e
 
@@ -126,9 +127,15 @@ def _mask(cache: list[Any], T: int) -> mx.array | None:
     return first.make_mask(T)
 
 
+class _Config(PretrainedConfig):
+    model_type = MODEL_TYPE
+
+
 def register() -> None:
     """Let mlx-lm, in this process, build folders of ours without running their `hla.py`."""
     sys.modules[f"mlx_lm.models.{MODEL_TYPE}"] = sys.modules[__name__]
+    # Or its tokenizers would warn, of every folder, that they do not know the model.
+    AutoConfig.register(MODEL_TYPE, _Config, exist_ok=True)
     stock = utils.load_model
     if getattr(stock, "_knows_hla", False):
         return

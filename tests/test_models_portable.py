@@ -153,6 +153,11 @@ def test_nothing_in_a_folder_runs(folder, tmp_path):
     assert not mark.exists()
 
 
+def test_weights_in_several_files_are_refused(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    refuse(folder, r"model\.safetensors: missing; weights in several files are not read")
+
+
 def test_a_killed_save_is_swept(tmp_path):
     from mlx_hla.train.folder import held
 

@@ -86,6 +86,12 @@ def check_token_ids(values: object, tokenizer: Tokenizer, name: str) -> None:
             raise InputError(f"{name}: {key} must be the tokenizer's {ours}, got {repr(values[key])[:60]}")
 
 
+def check_one_file(weights: Path) -> None:
+    """mlx-lm writes more than 5 GB in several files."""
+    if not weights.exists() and any(weights.parent.glob("model-*-of-*.safetensors")):
+        raise InputError(f"{weights}: missing; weights in several files are not read here, only in one")
+
+
 def load_tokenizer(folder: Path, own: str) -> tuple[Tokenizer, Path]:
     """The tokenizer of a folder and its file: `own`, the SentencePiece model, or else tokenizer.json."""
     path = folder / TOKENIZER_JSON
