@@ -201,6 +201,7 @@ def test_without_mlx_the_command_says_what_to_install(whole):
 
 STOPPED = """
 import builtins, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C
 really = builtins.__import__
 def stopped(name, *rest, **options):
     if name == {at!r}:
