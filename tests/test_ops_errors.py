@@ -109,6 +109,19 @@ def test_every_operator_names_itself(op, case):
     refuses(OPERATORS[op].name, message, lambda: function(op)(*qkv, **given))
 
 
+@pytest.mark.parametrize("name", ["sclae", "own", "operator", "state"])
+@pytest.mark.parametrize("step", [False, True], ids=["sequence", "step"])
+@each_operator
+def test_an_unknown_option_is_refused_by_the_function_that_was_called(op, step, name):
+    given = [x[:, 0] for x in RIGHT.values()] + [None] if step else list(RIGHT.values())
+    who = OPERATORS[op].name + ("_step" if step else "")
+    want = re.escape(f"[{who}] has no option {name!r}; it takes ") + ".*scale, decay, normalize, eps.*backend"
+    if step and name == "state":
+        name, want = "mask", re.escape(f"[{who}] has no option 'mask'; it takes ")
+    with pytest.raises(TypeError, match=want):
+        function(op, step=step)(*given, **{name: 1.0})
+
+
 STEPS = {
     "a-time-axis": ({"q": Q, "k": K, "v": VALUE}, "q must be [B, heads, dim], got (2, 8, 4, 6)"),
     "heads": (
