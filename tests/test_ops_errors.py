@@ -86,6 +86,11 @@ CALLS = {
     "scale-huge": ({"scale": 10**400}, "scale must be a finite number, got 1000"),
     "normalize-string": ({"normalize": "false"}, "normalize must be True or False, got 'false'"),
     "backend": ({"backend": "cuda"}, "backend must be None, 'mlx' or 'metal', got 'cuda'"),
+    "backend-array": ({"backend": mx.array(1)}, "backend must be None, 'mlx' or 'metal', got array(1"),
+    "state-numpy": (
+        {"initial_state": mlx_hla.HLA2State(np.zeros((2, 2, 6, 6)), VALUE)},
+        "state.S must be float32 [2, 2, 6, 6], got array([[[[0., 0., 0., 0., 0., 0.], [0.",
+    ),
 }
 
 
