@@ -21,7 +21,7 @@ RANKS = [
     {"ops", "data"},
     {"nn"},
     {"models"},
-    {"generate", "train", "evaluate", "selftest"},
+    {"generate", "reading", "train", "evaluate", "selftest"},
     {"cli", "__main__"},
 ]
 ACROSS = {
@@ -34,6 +34,7 @@ ACROSS = {
     ("losses", "settings"),
     ("losses", "trees"),
     ("evaluate", "generate"),
+    ("reading", "generate"),
     ("__main__", "cli"),
 }
 RANK = {part: i for i, parts in enumerate(RANKS) for part in parts}
