@@ -42,10 +42,14 @@ def check_memory(config: ModelConfig, settings: TrainConfig) -> float:
     need, have = step_bytes(config, settings), device_bytes()
     if need > have:
         raise InputError(
-            f"a step needs about {need / 1e9:.3g} GB and this device has {have / 1e9:.3g}: take a smaller "
+            f"a step needs about {amount(need)} and this device has {amount(have)}: take a smaller "
             "batch_size with a larger accumulate, a smaller context, or a smaller model"
         )
     return need
+
+
+def amount(size: float) -> str:
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{max(1, size / 1e6):.0f} MB"
 
 
 def pace(seconds: float, steps: int, left: int) -> str:

@@ -22,7 +22,7 @@ from mlx_hla.progress import require
 from mlx_hla.tokenizer import Tokenizer, train_tokenizer
 from mlx_hla.train.checkpoint import Checkpoint, find_checkpoints, lengthened, load_checkpoint
 from mlx_hla.train.course import Course
-from mlx_hla.train.estimate import check_memory
+from mlx_hla.train.estimate import amount, check_memory
 from mlx_hla.train.folder import held
 from mlx_hla.train.presets import TrainConfig
 from mlx_hla.train.report import Report
@@ -143,7 +143,7 @@ def _run(run: Checkpoint, corpus: data.Corpus) -> Result:
     report.say(
         f"{model.config.operator} model of {model.num_parameters:,} parameters; {len(stream):,} tokens of "
         f"{sizes[stream].mean():.2f} bytes; steps of {per_step:,} tokens; {mx.default_device()}; "
-        f"about {check_memory(model.config, settings) / 1e9:.2g} GB of memory"
+        f"about {amount(check_memory(model.config, settings))} of memory"
     )
     report.event(
         "resume" if run.step else "start",
