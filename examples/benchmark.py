@@ -18,13 +18,9 @@ import time
 import mlx.core as mx
 
 import mlx_hla
+from mlx_hla.ops.operator import choices, find
 
-OPERATORS = {
-    "first": mlx_hla.linear_attention,
-    "hla2": mlx_hla.hla2,
-    "ahla": mlx_hla.ahla,
-    "hla3": mlx_hla.hla3,
-}
+OPERATORS = {name: getattr(mlx_hla, find(name).name) for name in choices()}
 
 
 def median_ms(run, queue: int, seconds: float) -> float:
@@ -65,7 +61,8 @@ def main() -> None:
     )
     default = [1024, 4096, 8192, 16384, 65536] if gpu else [1024, 4096]
     parser.add_argument("--lengths", type=int, nargs="+", default=default, help=f"default: {default}")
-    parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
+    kernels = [name for name in OPERATORS if find(name).family]  # those that have kernels of their own
+    parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=kernels)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=16 if gpu else 4)
     parser.add_argument("--dim", type=int, default=64, help="of keys and values (default: 64)")

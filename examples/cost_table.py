@@ -1,7 +1,7 @@
 """What the Metal kernels move and compute, counted on a CPU, and the time that no GPU can beat.
 
-    python examples/cost_table.py                       # about a minute; prints Markdown
-    python examples/cost_table.py --readme README.md    # and puts it between that file's cost markers
+    python examples/cost_table.py                             # about a minute; prints Markdown
+    python examples/cost_table.py --readme metal/README.md    # and puts it between that file's cost markers
 
 Needs the development extra, `pip install -e ".[dev]"`: the kernels run on the tests' stand-in for Metal,
 which counts. bfloat16, B = 1, one query head per key-value head, a decay per token, first states,
@@ -31,23 +31,29 @@ import argparse
 import contextlib
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from mlx_hla import kernels
-from mlx_hla.kernels import families, plan
+from mlx_hla.kernels import plan
+from mlx_hla.ops import metal as on_metal
+from mlx_hla.ops.checks import Call, Dims
+from mlx_hla.ops.operator import OPERATORS, Held
 
 W = 32
 SHOWN_HEADS = 16
-FAMILIES = ("linear", "hla2", "ahla", "hla3")
+# Operators with kernels of their own, lowest order first.
+FAMILIES = [o.label for o in sorted(OPERATORS.values(), key=lambda o: o.order) if o.family]
+PACKED = [name for name in FAMILIES if any(slot.symmetric for slot in OPERATORS[name].slots)]
 
 # (a triangular products, b square products) per token of one fused walk; a backward recomputes what its
 # forward held. P = QK' is formed once per decay power, and products that share an operand are added first:
 # hla2 backward: QK', PK, QK~', dO V', dP2 K~, dP2' Q, P2' dO, dK~ K', dP1 K, dP1' Q, P' dK~ are its eleven.
 PRODUCTS = {
-    "linear": {"forward": (2, 2), "backward": (5, 5)},
+    "first": {"forward": (2, 2), "backward": (5, 5)},
     "hla2": {"forward": (4, 4), "backward": (11, 10)},
     "ahla": {"forward": (3, 4), "backward": (8, 11)},
     "hla3": {"forward": (5, 6), "backward": (14, 16)},
@@ -101,7 +107,7 @@ TARGETS = (
     Target("hla2", "forward", 16, 2.5, 1.3),
     Target("hla2", "forward", 1, 2.5, 1.3),
     *(Target(family, "step", 16, 1.05, None) for family in FAMILIES),
-    *(Target(family, "packed step", 16, 1.05, None) for family in ("hla2", "hla3")),
+    *(Target(family, "packed step", 16, 1.05, None) for family in PACKED),
     Target("hla2", "normalised step", 16, 1.05, None),
 )
 
@@ -146,11 +152,36 @@ def inputs(family: str, T: int, D: int, dtype: mx.Dtype, seed: int = 0, heads: i
     mx.random.seed(seed)
     q, k, v, do = (0.3 * mx.random.normal((1, T, heads, D)).astype(dtype) for _ in range(4))
     g = mx.random.uniform(0.9, 1, (1, T, heads))
-    state = [0.1 * mx.random.normal(shape) for shape in families._shapes(family, q, k, v)]
-    if len(state) > 1 and family in ("hla2", "hla3"):
-        state[0] = state[0] + state[0].swapaxes(2, 3)
+    state = []
+    for slot in OPERATORS[family].slots:
+        x = 0.1 * mx.random.normal(slot.shape(Dims(1, heads, heads, D, D)))
+        state.append(x + x.swapaxes(2, 3) if slot.symmetric else x)
     mx.eval(q, k, v, do, g, state)
     return (q, k, v, g), tuple(state), do
+
+
+def call(family: str, q, k, v, g, eps: float | None = None) -> Call:
+    """A call as the operator's checks leave it."""
+    options = {option.name: option.default for option in OPERATORS[family].options}
+    return Call(family, q, k, v, g, q.shape[-1] ** -0.5, eps is not None, eps or 0.0, options=options)
+
+
+def state_of(family: str, matrices, vectors=()):
+    """The operator's state of its arrays, with their normalisers where there are any."""
+    slots, vectors = OPERATORS[family].slots, iter(vectors)
+    return OPERATORS[family].state_of(
+        {
+            s.key: Held(x, next(vectors, None) if s.normaliser else None)
+            for s, x in zip(slots, matrices, strict=True)
+        }
+    )
+
+
+def run_sequence(family: str, q, k, v, g, *state):
+    """[o, the last state's arrays] by the kernels."""
+    place = on_metal.MetalSequence(OPERATORS[family], call(family, q, k, v, g), state_of(family, state))
+    o, last = place.run()
+    return o, *(x.matrix for x in OPERATORS[family].held(last).values())
 
 
 def row(family, kind, D, heads, c, macs, compulsory, minimum) -> Row:
@@ -168,10 +199,7 @@ def sequence_rows(metal, family: str, T: int, D: int, heads: int, dtype=mx.bfloa
         "backward": 2 * tokens + do.nbytes + 3 * states,
     }
 
-    def run(q, k, v, g, *state):
-        o, last = getattr(kernels, family)(q, k, v, g, state, scale=D**-0.5)
-        return o, *last
-
+    run = partial(run_sequence, family)
     with one_of(heads), metal.counters() as c:
         mx.eval(run(*arrays, *state))
     yield sequence_row(family, "forward", T, D, heads, c, least["forward"])
@@ -201,18 +229,19 @@ def minimum_macs(family: str, kind: str, T: int, D: int) -> float:
 def step_row(metal, family: str, D: int, kind: str = "step", dtype=mx.bfloat16) -> Row:
     arrays, state, o = inputs(family, 1, D, dtype)
     q, k, v, g = (x[:, 0] for x in arrays)
-    packed, normalised = kind == "packed step", kind == "normalised step"
-    if normalised:  # a vector beside each matrix but S
-        state = (*state, *(x[..., 0] for x in state[family in ("hla2", "hla3") :]))
-    elements = sum(x.size for x in state)
+    packed, eps, vectors = kind == "packed step", 1e-6 if kind == "normalised step" else None, []
+    if eps:  # a vector beside each matrix that holds values
+        slots = zip(OPERATORS[family].slots, state, strict=True)
+        vectors = [x[..., 0] for slot, x in slots if slot.normaliser]
+    elements = sum(x.size for x in (*state, *vectors))
     if packed:
         state = (kernels.pack(state[0]), *state[1:])
         mx.eval(state)
     with metal.counters() as c:
-        eps = 1e-6 if normalised else None
-        mx.eval(kernels.step(family, q, k, v, g, state, scale=D**-0.5, packed=packed, eps=eps))
+        before = state_of(family, state, vectors)
+        mx.eval(on_metal.step(OPERATORS[family], call(family, q, k, v, g, eps), before, packed))
     token = sum(x.nbytes for x in (q, k, v, g, o))
-    compulsory = token + 2 * sum(x.nbytes for x in state)
+    compulsory = token + 2 * sum(x.nbytes for x in (*state, *vectors))
     return row(family, kind, D, SHOWN_HEADS, c, c.scalar_macs, compulsory, 3 * elements)
 
 
@@ -230,7 +259,7 @@ def measure(metal, T: int, dims: list[int]) -> list[Row]:
                 add(*sequence_rows(metal, family, T, D, 64, backward=False))
                 add(*sequence_rows(metal, family, T, D, 1, backward=False))
             add(step_row(metal, family, D))
-            if family in ("hla2", "hla3"):
+            if family in PACKED:
                 add(step_row(metal, family, D, "packed step"))
             if family == "hla2":
                 add(step_row(metal, family, D, "normalised step"))
@@ -280,7 +309,7 @@ def notes(r: Row, T: int) -> list[str]:
         return []
     if r.kind == "backward":
         return ["d"]
-    letters = {"linear": "", "hla2": "" if plan.fused(r.D) else "b"}.get(r.family, "a")
+    letters = {"first": "", "hla2": "" if plan.fused(r.D) else "b"}.get(r.family, "a")
     return list(letters + ("" if schedule(r, T) == "walk" else "c"))
 
 

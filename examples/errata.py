@@ -1,8 +1,9 @@
 """Measure where the formulas of "Higher-order Linear Attention" (arXiv 2510.27258) do not hold.
 
     python examples/errata.py                      print the table
-    python examples/errata.py --readme README.md   rewrite the table between the README's errata markers
-    python examples/errata.py --check              exit 1 if the README's table is not the one measured here
+    python examples/errata.py --readme FILE        rewrite the table between the file's errata markers
+    python examples/errata.py --check              exit 1 if the table of mlx_hla/reference/README.md (or of
+                                                   FILE) is not the one measured here
 
 Every number is the relative Frobenius distance ‖printed − true‖ / ‖true‖ in float64 on one fixed random
 sequence. The left one is the paper's formula as printed, the right one the form that this package runs.
@@ -19,6 +20,7 @@ import numpy as np
 from mlx_hla import monoid, reference
 from mlx_hla.reference import paper, paper_third
 
+PAGE = Path(__file__).resolve().parents[1] / "mlx_hla" / "reference" / "README.md"
 BEGIN, END = "<!-- errata:begin -->", "<!-- errata:end -->"
 T, D, V, CHUNK, GAMMA, SEED = 64, 8, 8, 16, 0.9, 0
 EXACT = 1e-12
@@ -243,11 +245,11 @@ def number(x):
 
 
 def replace_block(text, table):
-    """The README with its block between the markers replaced."""
+    """The page with its block between the markers replaced."""
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not (begin and end):
-        raise SystemExit(f"errata: the README has no {BEGIN} .. {END} block")
+        raise SystemExit(f"errata: the page has no {BEGIN} .. {END} block")
     return f"{head}{begin}\n{table}\n{end}{tail}"
 
 
@@ -262,7 +264,7 @@ def main(argv=None) -> int:
     if args.readme is None and not args.check:
         print(table)
         return 0
-    path = args.readme or Path(__file__).resolve().parents[1] / "README.md"
+    path = args.readme or PAGE
     if not path.is_file():
         raise SystemExit(f"errata: no such file: {path}")
     text = path.read_text(encoding="utf-8")

@@ -12,7 +12,8 @@
 //     a_i = scale b_i^p x_i^T S d_i    c_j = (b_end / b_j)^p y_j^T G z_j    whole = b_end^p <S, G>
 //
 // Nothing is subtracted, so a tiny r_t keeps its digits. A decay of 0 counts as 1e-30 in the factors b and D of
-// these terms, which the division takes out again; everywhere else it is an exact zero.
+// these terms, which the division takes out again; everywhere else it is an exact zero. So the dg of a token whose
+// r_t goes through another zero is not 0 but 1e-30 of what it would be with a 1 there.
 //
 //     back_queries   forward in time with S: dx, and for the decay a and S before every chunk   (grid NB x B Ho)
 //     back_keys      backward in time with G: dy, dz and r                                       (grid NB x B Ho)
@@ -27,23 +28,60 @@
 // Mirrors passes.gradients.
 //# uses: linear
 
-constant constexpr float LOG_TINY = -69.07755f;
+CONSTANT float LOG_TINY = -69.07755f;
 
-// The sums of a chunk's logs, with a decay of 0 as exact zero and as 1e-30. One simdgroup; W <= 32.
-template <int W, bool DECAY, typename G>
-METAL_FUNC void both_decay_sums(
-    threadgroup float2* cum, threadgroup float2* least, G g, long step, int rows, int lane) {
-  const float decay = lane < rows ? g[lane * step] : 1.0f;
-  decay_sums(cum, W, decay, LOG_ZERO, float2(0.0f, 0.0f), lane);
-  if (DECAY) decay_sums(least, W, decay, LOG_TINY, float2(0.0f, 0.0f), lane);
+// This lane's part of the sum of all products of fragment row r of t and the block at p, which is zero
+// outside rows x cols.
+template <int R, int C, typename P>
+FUNC float tile_row_dot(
+    OWN Tile<R, C>& t, int r, P p, int row_step, int col_step, int rows, int cols, Spot at) {
+  float sum = 0.0f;
+  HLA_UNROLL
+  for (int c = 0; c < C; c++) {
+    int row = 8 * r + at.row, col = 8 * c + at.col;
+    Pair pair = frag_get(t.f[r][c]);
+    if (row < rows && col < cols) sum += pair[0] * static_cast<float>(p[row * row_step + col * col_step]);
+    if (row < rows && col + 1 < cols) sum += pair[1] * static_cast<float>(p[row * row_step + (col + 1) * col_step]);
+  }
+  return sum;
+}
+
+// This lane's part of the sum over all rows.
+template <int R, int C, typename P>
+FUNC float tile_dot(OWN Tile<R, C>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
+  float sum = 0.0f;
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) sum += tile_row_dot(t, r, p, row_step, col_step, rows, cols, at);
+  return sum;
+}
+
+// sums[r] = the dot product of row r of both.
+template <int R, int C, typename P>
+FUNC void tile_dot_rows(
+    IN_SHARED float* sums, OWN Tile<R, C>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    const float sum = row_sum(tile_row_dot(t, r, p, row_step, col_step, rows, cols, at));
+    if (at.col == 0) sums[8 * r + at.row] = sum;
+  }
+}
+
+// stage_decay with a decay of 0 as exact zero and, where its gradient is wanted, as 1e-30 too.
+template <int W, bool DECAY, typename P>
+FUNC void stage_both_decays(IN_SHARED Pair* cum, IN_SHARED Pair* least, P g, long step, int rows, Launch launch) {
+  if (launch.simdgroup == 0) {
+    const float decay = launch.lane < rows ? g[launch.lane * step] : 1.0f;
+    decay_sums(cum, W, decay, LOG_ZERO, launch.lane);
+    if (DECAY) decay_sums(least, W, decay, LOG_TINY, launch.lane);
+  }
 }
 
 // The rest of one gradient's columns of a chunk, out = (b_end / b)^p out + P^T right, where out holds what G at the
 // chunk's end gives; then G at its start: state = b_end^p state + scale U^T b^p right.
 template <int K, int R, int NC, typename PU, typename PR>
-METAL_FUNC void step_back(
-    thread Tile<R, NC>& out, thread Tile<K, NC>& state, threadgroup const float* p, int ldp, PU u, int ldu, PR right,
-    int ldr, int cols, threadgroup const float2* cum, float power, float scale, Spot at) {
+FUNC void step_back(
+    OWN Tile<R, NC>& out, OWN Tile<K, NC>& state, IN_SHARED const float* p, int ldp, PU u, int ldu, PR right,
+    int ldr, int cols, IN_SHARED const Pair* cum, float power, float scale, Spot at) {
   tile_decay_to_end(out, cum, power, at);
   Tile<R, NC> r;
   tile_read(r, right, ldr, 1, 8 * R, cols, at);
@@ -52,6 +90,18 @@ METAL_FUNC void step_back(
   tile_scale(state, decay_since_start(cum[8 * R - 1], power));
   tile_mma<K, R, NC, true, false>(state, u, ldu, r, at);
 }
+
+//# before each body
+  const int block = launch.group.y, bh = launch.group.z;
+  const int ho = d_shape[2], total = d_shape[1], batch = bh / ho, head = bh % ho;
+  const float power = floats[0], scale = floats[1];
+  const Walk walk = block_walk(block, ints[0], total);
+  const long x_base = batch * x_strides[0] + (head * x_shape[2] / ho) * x_strides[2];
+  const long y_base = batch * y_strides[0] + (head * y_shape[2] / ho) * y_strides[2];
+  const long z_base = batch * z_strides[0] + (head * z_shape[2] / ho) * z_strides[2];
+  const long d_base = batch * d_strides[0] + head * d_strides[2];
+  const long g_base = batch * g_strides[0] + (head * g_shape[2] / ho) * g_strides[2];
+//# end
 
 //# kernel back_queries
 //# inputs: x y z d g entry plus ints floats
@@ -67,28 +117,13 @@ METAL_FUNC void step_back(
 //# body
   constexpr int K = (DZ + 7) / 8, R = W / 8, LDD = 8 * K + 16 / sizeof(TD), LDZ = 8 * K + 16 / sizeof(TZ);
   constexpr int LDP = W + 4, NS = (DY + 8 * NC - 1) / (8 * NC);
-  threadgroup TD ds[W * LDD];
-  threadgroup TZ zs[W * LDZ];
-  threadgroup float ps[W * LDP];
-  threadgroup float reads[NS * W];
-  threadgroup float2 cum[W], least[W];
+  SHARED TD ds[W * LDD];
+  SHARED TZ zs[W * LDZ];
+  SHARED float ps[W * LDP];
+  SHARED float reads[NS * W];
+  SHARED Pair cum[W], least[W];
 
-  const int thread_index = thread_index_in_threadgroup, threads = threads_per_threadgroup.x;
-  const int simdgroup = simdgroup_index_in_threadgroup;
-  const int block = threadgroup_position_in_grid.y, bh = threadgroup_position_in_grid.z;
-  const int ho = d_shape[2], hs = entry_shape[1], total = d_shape[1];
-  const int batch = bh / ho, head = bh % ho, shead = head * hs / ho;
-  const Spot at = lane_spot(thread_index_in_simdgroup);
-  const int col0 = 8 * NC * simdgroup;
-  const float power = floats[0], scale = floats[1];
-  const Walk walk = block_walk(block, ints[0], total);
-
-  const long x_base = batch * x_strides[0] + (head * x_shape[2] / ho) * x_strides[2] + col0 * x_strides[3];
-  const long y_base = batch * y_strides[0] + (head * y_shape[2] / ho) * y_strides[2] + col0 * y_strides[3];
-  const long z_base = batch * z_strides[0] + (head * z_shape[2] / ho) * z_strides[2];
-  const long d_base = batch * d_strides[0] + head * d_strides[2];
-  const long g_base = batch * g_strides[0] + (head * g_shape[2] / ho) * g_strides[2];
-
+  const int hs = entry_shape[1], shead = head * hs / ho, col0 = 8 * NC * launch.simdgroup;
   Tile<K, NC> state;  // S^T
   tile_read(state,
             entry + batch * entry_strides[0] + shead * entry_strides[1] + block * entry_strides[2] +
@@ -96,22 +131,17 @@ METAL_FUNC void step_back(
             int(entry_strides[4]), int(entry_strides[3]), DZ, DY - col0, at);
   for (int u = 0; u < walk.count; u += W) {
     const int rows = min(W, walk.count - u), t = walk.first + u;
-    stage<W, 8 * K>(ds, LDD, d + d_base + t * d_strides[1], int(d_strides[1]), int(d_strides[3]), rows, DZ,
-                    thread_index, threads);
-    stage<W, 8 * K>(zs, LDZ, z + z_base + t * z_strides[1], int(z_strides[1]), int(z_strides[3]), rows, DZ,
-                    thread_index, threads);
-    if (simdgroup == 0) {
-      both_decay_sums<W, DECAY>(cum, least, g + g_base + t * g_strides[1], g_strides[1], rows,
-                                thread_index_in_simdgroup);
-    }
+    stage<W, 8 * K>(ds, LDD, d + d_base + t * d_strides[1], int(d_strides[1]), int(d_strides[3]), rows, DZ, launch);
+    stage<W, 8 * K>(zs, LDZ, z + z_base + t * z_strides[1], int(z_strides[1]), int(z_strides[3]), rows, DZ, launch);
+    stage_both_decays<W, DECAY>(cum, least, g + g_base + t * g_strides[1], g_strides[1], rows, launch);
     sync_threadgroup();
-    scores<W, K>(ps, LDP, ds, LDD, zs, LDZ, cum, power, scale, simdgroup, threads / 32, at);
+    scores<W, K>(ps, LDP, ds, LDD, zs, LDZ, cum, power, scale, launch, at);
     Tile<R, NC> ys, out;
     tile_zero(out);
     tile_mma<R, K, NC, false, false>(out, ds, LDD, state, at);  // dX = scale b d S^T
     if (DECAY) {
-      tile_dot_rows(reads + simdgroup * W, out, x + x_base + t * x_strides[1], int(x_strides[1]), int(x_strides[3]), rows,
-               DY - col0, at);
+      tile_dot_rows(reads + launch.simdgroup * W, out, x + x_base + t * x_strides[1] + col0 * x_strides[3],
+                    int(x_strides[1]), int(x_strides[3]), rows, DY - col0, at);
       if (head % (ho / hs) == 0) {
         const long slot = (long(batch) * hs + shead) * ((total + W - 1) / W) + t / W;
         tile_write<float>(state, borders + slot * (DY * DZ) + col0, DY, 1, DZ, DY - col0, at);
@@ -121,7 +151,8 @@ METAL_FUNC void step_back(
     if (SAME) {
       tile_read(ys, zs + col0, LDZ, 1, W, 8 * K - col0, at);
     } else {
-      tile_read(ys, y + y_base + t * y_strides[1], int(y_strides[1]), int(y_strides[3]), rows, DY - col0, at);
+      tile_read(ys, y + y_base + t * y_strides[1] + col0 * y_strides[3], int(y_strides[1]), int(y_strides[3]), rows,
+                DY - col0, at);
     }
     sync_threadgroup();
     tile_mma<R, R, NC, false, true>(out, ps, LDP, ys, at);  // dX += (D^p scale d z^T) Y
@@ -136,15 +167,15 @@ METAL_FUNC void step_back(
     tile_decay_to_end(ys, cum, power, at);
     tile_scale(state, decay_since_start(cum[W - 1], power));
     tile_mma<K, R, NC, true, false>(state, zs, LDZ, ys, at);  // S^T = b_W S^T + Z^T (b_W / b) Y
-    if (DECAY && thread_index < rows) {
+    if (DECAY && launch.index < rows) {
       float sum = 0.0f;
-      for (int n = 0; n < NS; n++) sum += reads[n * W + thread_index];
-      a[(long(batch) * total + t + thread_index) * ho + head] =
-          scale * sum * decay_since_start(least[thread_index], power);
+      for (int n = 0; n < NS; n++) sum += reads[n * W + launch.index];
+      a[(long(batch) * total + t + launch.index) * ho + head] =
+          scale * sum * decay_since_start(least[launch.index], power);
     }
     sync_threadgroup();
   }
-  if (!DECAY && block == 0 && bh == 0 && thread_index == 0) {
+  if (!DECAY && block == 0 && bh == 0 && launch.index == 0) {
     a[0] = 0.0f;
     borders[0] = 0.0f;
   }
@@ -170,33 +201,21 @@ METAL_FUNC void step_back(
   constexpr int LDD = 8 * K + 16 / sizeof(TD), LDZ = 8 * K + 16 / sizeof(TZ), LDS = 8 * K + 4;
   constexpr int XD_BYTES = W * (LDX * sizeof(TX) + LDD * sizeof(TD)), Y_BYTES = W * LDY * sizeof(TY);
   constexpr int ROOM = XD_BYTES + Y_BYTES + (SAME ? 0 : W * LDZ * int(sizeof(TZ)));
-  threadgroup float room[ROOM / 4];
-  threadgroup float ps[W * LDP], ms[W * LDP];
-  threadgroup float2 cum[W], least[W];
-  threadgroup float by_row[DECAY ? W * R : 1], by_col[DECAY ? W * R : 1], diagonal[DECAY ? W * 8 : 1];
-  threadgroup float tails[DECAY ? W : 1], writes[DECAY ? NS * W : 1], wholes[DECAY ? NS : 1];
-  threadgroup TX* xs = reinterpret_cast<threadgroup TX*>(room);
-  threadgroup TD* ds = reinterpret_cast<threadgroup TD*>(xs + W * LDX);
-  threadgroup TY* ys = reinterpret_cast<threadgroup TY*>(ds + W * LDD);
-  threadgroup TZ* zs = reinterpret_cast<threadgroup TZ*>(SAME ? ys : ys + W * LDY);
+  SHARED float room[ROOM / 4];
+  SHARED float ps[W * LDP], ms[W * LDP];
+  SHARED Pair cum[W], least[W];
+  SHARED float by_row[DECAY ? W * R : 1], by_col[DECAY ? W * R : 1], diagonal[DECAY ? W * 8 : 1];
+  SHARED float tails[DECAY ? W : 1], writes[DECAY ? NS * W : 1], wholes[DECAY ? NS : 1];
+  IN_SHARED TX* xs = reinterpret_cast<IN_SHARED TX*>(room);
+  IN_SHARED TD* ds = reinterpret_cast<IN_SHARED TD*>(xs + W * LDX);
+  IN_SHARED TY* ys = reinterpret_cast<IN_SHARED TY*>(ds + W * LDD);
+  IN_SHARED TZ* zs = reinterpret_cast<IN_SHARED TZ*>(SAME ? ys : ys + W * LDY);
 
-  const int thread_index = thread_index_in_threadgroup, threads = threads_per_threadgroup.x;
-  const int simdgroup = simdgroup_index_in_threadgroup, lane = thread_index_in_simdgroup;
-  const bool of_y = simdgroup >= NS;  // dy's columns and the transpose of G, or dz's and G
-  const int part = threadgroup_position_in_grid.x;
-  const int block = threadgroup_position_in_grid.y, bh = threadgroup_position_in_grid.z;
-  const int ho = d_shape[2], hs = max(int(y_shape[2]), int(z_shape[2])), total = d_shape[1];
-  const int batch = bh / ho, head = bh % ho;
-  const Spot at = lane_spot(lane);
-  const int stripe = simdgroup % NS, col0 = 8 * NC * (stripe + NS * part), width = of_y ? DY : DZ;
-  const float power = floats[0], scale = floats[1], own = part == 0 ? scale : 0.0f;
-  const Walk walk = block_walk(block, ints[0], total);
-
-  const long x_base = batch * x_strides[0] + (head * x_shape[2] / ho) * x_strides[2];
-  const long y_base = batch * y_strides[0] + (head * y_shape[2] / ho) * y_strides[2];
-  const long z_base = batch * z_strides[0] + (head * z_shape[2] / ho) * z_strides[2];
-  const long d_base = batch * d_strides[0] + head * d_strides[2];
-  const long g_base = batch * g_strides[0] + (head * g_shape[2] / ho) * g_strides[2];
+  const bool of_y = launch.simdgroup >= NS;  // dy's columns and the transpose of G, or dz's and G
+  const int part = launch.group.x;
+  const int hs = max(int(y_shape[2]), int(z_shape[2]));
+  const int stripe = launch.simdgroup % NS, col0 = 8 * NC * (stripe + NS * part), width = of_y ? DY : DZ;
+  const float own = part == 0 ? scale : 0.0f;
 
   Tile<K, NC> state;
   const int down = of_y ? after_strides[4] : after_strides[3], across = of_y ? after_strides[3] : after_strides[4];
@@ -205,29 +224,23 @@ METAL_FUNC void step_back(
             across, of_y ? DZ : DY, width - col0, at);
   for (int u = (walk.count - 1) / W * W; u >= 0; u -= W) {
     const int rows = min(W, walk.count - u), t = walk.first + u;
-    stage<W, 8 * K>(xs, LDX, x + x_base + t * x_strides[1], int(x_strides[1]), int(x_strides[3]), rows, DY,
-                    thread_index, threads);
-    stage<W, 8 * K>(ds, LDD, d + d_base + t * d_strides[1], int(d_strides[1]), int(d_strides[3]), rows, DZ,
-                    thread_index, threads);
-    stage<W, 8 * K>(ys, LDY, y + y_base + t * y_strides[1], int(y_strides[1]), int(y_strides[3]), rows, DY,
-                    thread_index, threads);
+    stage<W, 8 * K>(xs, LDX, x + x_base + t * x_strides[1], int(x_strides[1]), int(x_strides[3]), rows, DY, launch);
+    stage<W, 8 * K>(ds, LDD, d + d_base + t * d_strides[1], int(d_strides[1]), int(d_strides[3]), rows, DZ, launch);
+    stage<W, 8 * K>(ys, LDY, y + y_base + t * y_strides[1], int(y_strides[1]), int(y_strides[3]), rows, DY, launch);
     if (!SAME) {
-      stage<W, 8 * K>(zs, LDZ, z + z_base + t * z_strides[1], int(z_strides[1]), int(z_strides[3]), rows, DZ,
-                      thread_index, threads);
+      stage<W, 8 * K>(zs, LDZ, z + z_base + t * z_strides[1], int(z_strides[1]), int(z_strides[3]), rows, DZ, launch);
     }
-    if (simdgroup == 0) {
-      both_decay_sums<W, DECAY>(cum, least, g + g_base + t * g_strides[1], g_strides[1], rows, lane);
-    }
+    stage_both_decays<W, DECAY>(cum, least, g + g_base + t * g_strides[1], g_strides[1], rows, launch);
     sync_threadgroup();
     // ps = scale D^p (x y^T), ms = scale D^p (d z^T), and M summed over the columns and rows of its blocks.
-    for (int n = simdgroup; n < R * (R + 1) / 2; n += threads / 32) {
-      const int2 ij = triangle_block(n);
+    for (int n = launch.simdgroup; n < R * (R + 1) / 2; n += launch.threads / 32) {
+      const Spot ij = triangle_block(n);
       Frag xy = frag_zero(), dz_ = frag_zero();
-      block_mma<K>(xy, xs + 8 * ij[0] * LDX, LDX, ys + 8 * ij[1] * LDY, LDY, at);
-      block_mma<K>(dz_, ds + 8 * ij[0] * LDD, LDD, zs + 8 * ij[1] * LDZ, LDZ, at);
-      const int row = 8 * ij[0] + at.row, col = 8 * ij[1] + at.col;
-      const float2 left = frag_get(xy), right = frag_get(dz_);
-      float2 pair;
+      block_mma<K>(xy, xs + 8 * ij.row * LDX, LDX, ys + 8 * ij.col * LDY, LDY, at);
+      block_mma<K>(dz_, ds + 8 * ij.row * LDD, LDD, zs + 8 * ij.col * LDZ, LDZ, at);
+      const int row = 8 * ij.row + at.row, col = 8 * ij.col + at.col;
+      const Pair left = frag_get(xy), right = frag_get(dz_);
+      Pair pair;
       HLA_UNROLL
       for (int e = 0; e < 2; e++) {
         const bool causal = col + e <= row, before = col + e < row;
@@ -239,16 +252,16 @@ METAL_FUNC void step_back(
         }
       }
       if (DECAY) {
-        if (ij[0] == ij[1]) {
+        if (ij.row == ij.col) {
           diagonal[8 * row + at.col] = pair[0];
           diagonal[8 * row + at.col + 1] = pair[1];
         }
         const float row_total = row_sum(pair[0] + pair[1]);
-        const float2 col_total = float2(col_sum(pair[0]), col_sum(pair[1]));
-        if (at.col == 0) by_row[row * R + ij[1]] = row_total;
+        const Pair col_total = Pair(col_sum(pair[0]), col_sum(pair[1]));
+        if (at.col == 0) by_row[row * R + ij.col] = row_total;
         if (at.row == 0) {
-          by_col[col * R + ij[0]] = col_total[0];
-          by_col[(col + 1) * R + ij[0]] = col_total[1];
+          by_col[col * R + ij.row] = col_total[0];
+          by_col[(col + 1) * R + ij.row] = col_total[1];
         }
       }
     }
@@ -259,7 +272,7 @@ METAL_FUNC void step_back(
       if (DECAY) {
         const long slot = (long(batch) * hs + head * hs / ho) * ((total + W - 1) / W) + t / W;
         const float sum = lanes_sum(tile_dot(state, borders + slot * (DY * DZ) + col0, DY, 1, DZ, DY - col0, at));
-        if (lane == 0) wholes[stripe] = sum;
+        if (launch.lane == 0) wholes[stripe] = sum;
       }
     } else {
       tile_mma<R, K, NC, false, false>(out, ys, LDY, state, at);  // dZ = (b_W / b) Y G
@@ -281,7 +294,7 @@ METAL_FUNC void step_back(
     }
     if (DECAY) {
       // by_row[i][J] becomes a_i + the sum over the blocks before J; tails[j] the sum over the blocks below j's.
-      for (int i = thread_index; i < W; i += threads) {
+      for (int i = launch.index; i < W; i += launch.threads) {
         float sum = i < rows && part == 0 ? a[token + i * ho] : 0.0f, c = 0.0f, tail = 0.0f;
         for (int n = 0; n < NS; n++) c += writes[n * W + i];
         for (int n = 0; n <= i / 8; n++) {
@@ -301,7 +314,7 @@ METAL_FUNC void step_back(
     }
     sync_threadgroup();
     if (SAME) {  // the tiles are done with: their room takes dz's part over to dy's simdgroups
-      threadgroup float* parts = room + col0;
+      IN_SHARED float* parts = room + col0;
       if (!of_y) tile_write<float>(out, parts, LDS, 1, W, 8 * K - col0, at);
       sync_threadgroup();
       if (of_y) {
@@ -310,7 +323,7 @@ METAL_FUNC void step_back(
       }
     }
     if (DECAY) {
-      for (int i = thread_index; i < rows; i += threads) {
+      for (int i = launch.index; i < rows; i += launch.threads) {
         const int n = i / 8;
         float sum = wholes[0];
         for (int j = 0; j < i; j++) sum += writes[j];
@@ -327,7 +340,7 @@ METAL_FUNC void step_back(
   if (block == 0 && !of_y) {
     tile_write<float>(state, first + (long(batch) * ho + head) * (DY * DZ) + col0, DZ, 1, DY, DZ - col0, at);
   }
-  if (block == 0 && bh == 0 && part == 0 && thread_index == 0) {
+  if (block == 0 && bh == 0 && part == 0 && launch.index == 0) {
     if (SAME) dz[0] = static_cast<TOZ>(0.0f);
     if (!DECAY) r[0] = 0.0f;
   }

@@ -20,6 +20,47 @@
 // Mirrors mlx_hla.ops.hla2.
 //# uses: linear
 
+// The first pass over a chunk that is staged: K~ to kts, this simdgroup's columns of it also to `out`, and S to the
+// chunk's end. ps is scratch. One barrier inside; kts is to be read after the next.
+template <int W, int LD, int LDK, int LDP, int K, int R, int NC, typename T>
+FUNC void walk_keys(
+    OWN Tile<K, NC>& s, OWN Tile<R, NC>& out, IN_SHARED T* qs, IN_SHARED T* ks, IN_SHARED float* kts,
+    IN_SHARED float* ps, IN_SHARED const Pair* cum, float scale, float ridge, int col0, Launch launch, Spot at) {
+  scores<W, K>(ps, LDP, qs, LD, ks, LD, cum, 1.0f, scale, launch, at);
+  Tile<R, NC> right;
+  tile_zero(out);
+  tile_mma<R, K, NC, false, false>(out, qs, LD, s, at);  // K~ = scale b Q S
+  tile_decay_from_start(out, cum, 1.0f, scale, at);
+  tile_add(out, qs + col0, LD, 8 * K - col0, scale * ridge, at);  // K~ += scale ridge Q
+  tile_read(right, ks + col0, LD, 1, W, 8 * K - col0, at);
+  sync_threadgroup();
+  tile_mma<R, R, NC, false, true>(out, ps, LDP, right, at);  // K~ += P K
+  tile_write<float>(out, kts + col0, LDK, 1, W, 8 * K - col0, at);
+  tile_decay_to_end(right, cum, 1.0f, at);
+  tile_scale(s, decay_since_start(cum[W - 1], 1.0f));
+  tile_mma<K, R, NC, true, false>(s, ks, LD, right, at);  // S = b_W S + K^T (b_W / b) K
+}
+
+//# before each body
+  constexpr int K = (D + 7) / 8, R = W / 8, LD = 8 * K + 16 / sizeof(T), LDK = 8 * K + 4, LDP = W + 4;
+  SHARED T qs[W * LD];
+  SHARED T ks[W * LD];
+  SHARED float kts[W * LDK];
+  SHARED float ps[W * LDP];
+  SHARED Pair cums[2 * W];
+
+  const int total = q_shape[1], hq = q_shape[2], hkv = k_shape[2];
+  const int bh = launch.group.z, batch = bh / hq, head = bh % hq, kv = head * hkv / hq;
+  const int col0 = 8 * NC * launch.simdgroup;
+  const float scale = floats[0], ridge = floats[1];
+  const long q_base = batch * q_strides[0] + head * q_strides[2];
+  const long k_base = batch * k_strides[0] + kv * k_strides[2];
+  const long v_base = batch * v_strides[0] + kv * v_strides[2] + col0 * v_strides[3];
+  const long g_base = batch * g_strides[0] + (head * g_shape[2] / hq) * g_strides[2];
+
+  Tile<K, NC> s, f;
+//# end
+
 //# kernel hla2_walk
 //# inputs: q k v g s_first f_first floats
 //# outputs: o s_last f_last
@@ -29,60 +70,21 @@
 // T dtype, D, DV widths, W chunk, NC stripe.
 // Threadgroup bytes: 2 W (D' + pad) sizeof(T) + 4 W (D' + 4) + 4 W (W + 4) + 16 W.
 //# body
-  constexpr int K = (D + 7) / 8, R = W / 8, LD = 8 * K + 16 / sizeof(T), LDK = 8 * K + 4, LDP = W + 4;
-  threadgroup T qs[W * LD];
-  threadgroup T ks[W * LD];
-  threadgroup float kts[W * LDK];
-  threadgroup float ps[W * LDP];
-  threadgroup float2 cums[2 * W];
-
-  const int thread_index = thread_index_in_threadgroup, threads = threads_per_threadgroup.x;
-  const int simdgroup = simdgroup_index_in_threadgroup;
-  const int total = q_shape[1], hq = q_shape[2], hkv = k_shape[2];
-  const int bh = threadgroup_position_in_grid.z, batch = bh / hq, head = bh % hq, kv = head * hkv / hq;
-  const Spot at = lane_spot(thread_index_in_simdgroup);
-  const int col0 = 8 * NC * simdgroup;
-  const float scale = floats[0], ridge = floats[1];
-  const Walk walk = block_walk(0, total, total);
-
-  const long q_base = batch * q_strides[0] + head * q_strides[2];
-  const long k_base = batch * k_strides[0] + kv * k_strides[2];
-  const long v_base = batch * v_strides[0] + kv * v_strides[2] + col0 * v_strides[3];
-  const long g_base = batch * g_strides[0] + (head * g_shape[2] / hq) * g_strides[2];
-
-  Tile<K, NC> s, f;
   tile_read(s, s_first + batch * s_first_strides[0] + kv * s_first_strides[1] + col0 * s_first_strides[3],
             int(s_first_strides[2]), int(s_first_strides[3]), D, D - col0, at);
   tile_read(f, f_first + batch * f_first_strides[0] + head * f_first_strides[1] + col0 * f_first_strides[3],
             int(f_first_strides[2]), int(f_first_strides[3]), D, DV - col0, at);
   for (int u = 0; u < total; u += W) {
     const int rows = min(W, total - u);
-    threadgroup float2* cum = cums + (u / W % 2) * W;  // the next chunk's sums wait for nobody
-    stage<W, 8 * K>(qs, LD, q + q_base + u * q_strides[1], int(q_strides[1]), int(q_strides[3]), rows, D,
-                    thread_index, threads);
-    stage<W, 8 * K>(ks, LD, k + k_base + u * k_strides[1], int(k_strides[1]), int(k_strides[3]), rows, D,
-                    thread_index, threads);
-    if (simdgroup == 0) {
-      const int lane = thread_index_in_simdgroup;
-      const float decay = lane < rows ? g[g_base + (u + lane) * g_strides[1]] : 1.0f;
-      decay_sums(cum, W, decay, LOG_ZERO, float2(0.0f, 0.0f), lane);
-    }
+    IN_SHARED Pair* cum = cums + (u / W % 2) * W;  // the next chunk's sums wait for nobody
+    stage<W, 8 * K>(qs, LD, q + q_base + u * q_strides[1], int(q_strides[1]), int(q_strides[3]), rows, D, launch);
+    stage<W, 8 * K>(ks, LD, k + k_base + u * k_strides[1], int(k_strides[1]), int(k_strides[3]), rows, D, launch);
+    stage_decay<W>(cum, g + g_base + u * g_strides[1], g_strides[1], rows, launch);
     sync_threadgroup();
-    scores<W, K>(ps, LDP, qs, LD, ks, LD, cum, 1.0f, scale, simdgroup, threads / 32, at);
     Tile<R, NC> right, out;
-    tile_zero(out);
-    tile_mma<R, K, NC, false, false>(out, qs, LD, s, at);  // K~ = scale b Q S
-    tile_decay_from_start(out, cum, 1.0f, scale, at);
-    tile_add(out, qs + col0, LD, 8 * K - col0, scale * ridge, at);  // K~ += scale ridge Q
-    tile_read(right, ks + col0, LD, 1, W, 8 * K - col0, at);
+    walk_keys<W, LD, LDK, LDP>(s, out, qs, ks, kts, ps, cum, scale, ridge, col0, launch, at);
     sync_threadgroup();
-    tile_mma<R, R, NC, false, true>(out, ps, LDP, right, at);  // K~ += P K
-    tile_write<float>(out, kts + col0, LDK, 1, W, 8 * K - col0, at);
-    tile_decay_to_end(right, cum, 1.0f, at);
-    tile_scale(s, decay_since_start(cum[W - 1], 1.0f));
-    tile_mma<K, R, NC, true, false>(s, ks, LD, right, at);  // S = b_W S + K^T (b_W / b) K
-    sync_threadgroup();
-    scores<W, K>(ps, LDP, qs, LD, kts, LDK, cum, 2.0f, scale, simdgroup, threads / 32, at);
+    scores<W, K>(ps, LDP, qs, LD, kts, LDK, cum, 2.0f, scale, launch, at);
     tile_read(right, v + v_base + u * v_strides[1], int(v_strides[1]), int(v_strides[3]), rows, DV - col0, at);
     tile_zero(out);
     tile_mma<R, K, NC, false, false>(out, qs, LD, f, at);  // O = scale b^2 Q F
@@ -109,63 +111,25 @@
 // T, TK dtypes, D, DV widths, W chunk, NC stripe.
 // Threadgroup bytes: 2 W (D' + pad) sizeof(T) + 4 W (D' + 4) + 4 W (W + 4) + 16 W.
 //# body
-  constexpr int K = (D + 7) / 8, R = W / 8, LD = 8 * K + 16 / sizeof(T), LDK = 8 * K + 4, LDP = W + 4;
-  threadgroup T qs[W * LD];
-  threadgroup T ks[W * LD];
-  threadgroup float kts[W * LDK];
-  threadgroup float ps[W * LDP];
-  threadgroup float2 cums[2 * W];
-
-  const int thread_index = thread_index_in_threadgroup, threads = threads_per_threadgroup.x;
-  const int simdgroup = simdgroup_index_in_threadgroup;
-  const int total = q_shape[1], hq = q_shape[2], hkv = k_shape[2];
-  const int block = threadgroup_position_in_grid.y, blocks = threadgroups_per_grid.y;
-  const int bh = threadgroup_position_in_grid.z, batch = bh / hq, head = bh % hq, kv = head * hkv / hq;
-  const Spot at = lane_spot(thread_index_in_simdgroup);
-  const int col0 = 8 * NC * simdgroup;
-  const float scale = floats[0], ridge = floats[1];
+  const int block = launch.group.y, blocks = launch.groups.y;
   const Walk walk = block_walk(block, ints[0], total);
   const bool summed = block < blocks - 1;
-
-  const long q_base = batch * q_strides[0] + head * q_strides[2];
-  const long k_base = batch * k_strides[0] + kv * k_strides[2];
-  const long v_base = batch * v_strides[0] + kv * v_strides[2] + col0 * v_strides[3];
-  const long g_base = batch * g_strides[0] + (head * g_shape[2] / hq) * g_strides[2];
-
-  Tile<K, NC> s, f;
   tile_read(s,
             entry + batch * entry_strides[0] + kv * entry_strides[1] + block * entry_strides[2] +
                 col0 * entry_strides[4],
             int(entry_strides[3]), int(entry_strides[4]), D, D - col0, at);
   tile_zero(f);
-  float2 whole = float2(0.0f, 0.0f);
+  Pair whole = Pair(0.0f, 0.0f);
   for (int u = 0; u < walk.count; u += W) {
     const int rows = min(W, walk.count - u), t = walk.first + u;
-    threadgroup float2* cum = cums + (u / W % 2) * W;
-    stage<W, 8 * K>(qs, LD, q + q_base + t * q_strides[1], int(q_strides[1]), int(q_strides[3]), rows, D,
-                    thread_index, threads);
-    stage<W, 8 * K>(ks, LD, k + k_base + t * k_strides[1], int(k_strides[1]), int(k_strides[3]), rows, D,
-                    thread_index, threads);
-    if (simdgroup == 0) {
-      const int lane = thread_index_in_simdgroup;
-      const float decay = lane < rows ? g[g_base + (t + lane) * g_strides[1]] : 1.0f;
-      decay_sums(cum, W, decay, LOG_ZERO, float2(0.0f, 0.0f), lane);
-    }
+    IN_SHARED Pair* cum = cums + (u / W % 2) * W;
+    stage<W, 8 * K>(qs, LD, q + q_base + t * q_strides[1], int(q_strides[1]), int(q_strides[3]), rows, D, launch);
+    stage<W, 8 * K>(ks, LD, k + k_base + t * k_strides[1], int(k_strides[1]), int(k_strides[3]), rows, D, launch);
+    stage_decay<W>(cum, g + g_base + t * g_strides[1], g_strides[1], rows, launch);
     sync_threadgroup();
-    scores<W, K>(ps, LDP, qs, LD, ks, LD, cum, 1.0f, scale, simdgroup, threads / 32, at);
     Tile<R, NC> right, out;
-    tile_zero(out);
-    tile_mma<R, K, NC, false, false>(out, qs, LD, s, at);  // K~ = scale b Q S
-    tile_decay_from_start(out, cum, 1.0f, scale, at);
-    tile_add(out, qs + col0, LD, 8 * K - col0, scale * ridge, at);  // K~ += scale ridge Q
-    tile_read(right, ks + col0, LD, 1, W, 8 * K - col0, at);
-    sync_threadgroup();
-    tile_mma<R, R, NC, false, true>(out, ps, LDP, right, at);  // K~ += P K
-    tile_write<float>(out, kts + col0, LDK, 1, W, 8 * K - col0, at);
+    walk_keys<W, LD, LDK, LDP>(s, out, qs, ks, kts, ps, cum, scale, ridge, col0, launch, at);
     tile_write<TK>(out, kt + ((long(batch) * total + t) * hq + head) * D + col0, hq * D, 1, rows, D - col0, at);
-    tile_decay_to_end(right, cum, 1.0f, at);
-    tile_scale(s, decay_since_start(cum[W - 1], 1.0f));
-    tile_mma<K, R, NC, true, false>(s, ks, LD, right, at);  // S = b_W S + K^T (b_W / b) K
     if (summed) {
       tile_read(right, v + v_base + t * v_strides[1], int(v_strides[1]), int(v_strides[3]), rows, DV - col0, at);
       tile_decay_to_end(right, cum, 2.0f, at);
@@ -182,5 +146,5 @@
   if (summed) {
     const long slot = long(bh) * (blocks - 1) + block;
     tile_write<float>(f, sums + slot * (D * DV) + col0, DV, 1, D, DV - col0, at);
-    if (thread_index < 2) logs[2 * slot + thread_index] = whole[thread_index];
+    if (launch.index < 2) logs[2 * slot + launch.index] = launch.index == 0 ? whole[0] : whole[1];
   }

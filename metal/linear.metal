@@ -24,7 +24,7 @@ struct Walk {
   int first, count;
 };
 
-METAL_FUNC Walk block_walk(int block, int length, int total) {
+FUNC Walk block_walk(int block, int length, int total) {
   Walk walk;
   walk.first = block * length;
   walk.count = min(total - walk.first, length);
@@ -44,16 +44,14 @@ METAL_FUNC Walk block_walk(int block, int length, int total) {
 // Threadgroup bytes: W (DY' + pad) sizeof(TY) + 8 W.
 //# body
   constexpr int K = (DY + 7) / 8, R = W / 8, LD = 8 * K + 16 / sizeof(TY);
-  threadgroup TY ys[W * LD];
-  threadgroup float2 cum[W];
+  SHARED TY ys[W * LD];
+  SHARED Pair cum[W];
 
-  const int thread_index = thread_index_in_threadgroup, threads = threads_per_threadgroup.x;
-  const int block = threadgroup_position_in_grid.y, bh = threadgroup_position_in_grid.z;
+  const int block = launch.group.y, bh = launch.group.z;
   const int hs = y_shape[2] > z_shape[2] ? y_shape[2] : z_shape[2];
-  const int blocks = threadgroups_per_grid.y;
+  const int blocks = launch.groups.y;
   const int total = y_shape[1], batch = bh / hs, head = bh % hs;
-  const Spot at = lane_spot(thread_index_in_simdgroup);
-  const int col0 = 8 * NC * simdgroup_index_in_threadgroup;
+  const int col0 = 8 * NC * launch.simdgroup;
   const float power = floats[0];
   const Walk walk = block_walk(ints[1] + block, ints[0], total);
 
@@ -63,17 +61,12 @@ METAL_FUNC Walk block_walk(int block, int length, int total) {
 
   Tile<K, NC> state;
   tile_zero(state);
-  float2 whole = float2(0.0f, 0.0f);
+  Pair whole = Pair(0.0f, 0.0f);
   const int last_chunk = (walk.count - 1) / W * W;
   for (int n = 0; n <= last_chunk; n += W) {
     const int u = BACK ? last_chunk - n : n, rows = min(W, walk.count - u), t = walk.first + u;
-    stage<W, 8 * K>(ys, LD, y + y_base + t * y_strides[1], int(y_strides[1]), int(y_strides[3]), rows,
-                    DY, thread_index, threads);
-    if (simdgroup_index_in_threadgroup == 0) {
-      const int lane = thread_index_in_simdgroup;
-      const float decay = lane < rows ? g[g_base + (t + lane) * g_strides[1]] : 1.0f;
-      decay_sums(cum, W, decay, LOG_ZERO, float2(0.0f, 0.0f), lane);
-    }
+    stage<W, 8 * K>(ys, LD, y + y_base + t * y_strides[1], int(y_strides[1]), int(y_strides[3]), rows, DY, launch);
+    stage_decay<W>(cum, g + g_base + t * g_strides[1], g_strides[1], rows, launch);
     sync_threadgroup();
     Tile<R, NC> zs;
     if (SAME) {
@@ -102,7 +95,7 @@ METAL_FUNC Walk block_walk(int block, int length, int total) {
   } else {
     tile_write<float>(state, sums + slot * (DY * DZ) + col0, DZ, 1, DY, DZ - col0, at);
   }
-  if (thread_index < 2) logs[2 * slot + thread_index] = whole[thread_index];
+  if (launch.index < 2) logs[2 * slot + launch.index] = launch.index == 0 ? whole[0] : whole[1];
 
 //# kernel linear_scan
 //# inputs: sums logs first floats
@@ -115,7 +108,7 @@ METAL_FUNC Walk block_walk(int block, int length, int total) {
 //# body
   const int height = sums_shape[3], width = sums_shape[4], size = height * width;
   const int heads = sums_shape[1], blocks = sums_shape[2];
-  const int element = thread_position_in_grid.x, bh = thread_position_in_grid.y;
+  const int element = launch.group.x * launch.threads + launch.index, bh = launch.group.y;
   if (element < size) {
     float state = first[bh / heads * first_strides[0] + bh % heads * first_strides[1] +
                         element / width * first_strides[2] + element % width * first_strides[3]];
@@ -124,7 +117,7 @@ METAL_FUNC Walk block_walk(int block, int length, int total) {
     for (int n = 0; n < blocks; n++) {
       const int block = BACK ? blocks - 1 - n : n;
       const long slot = long(bh) * blocks + block;
-      state *= decay_since_start(float2(logs[2 * slot], logs[2 * slot + 1]), floats[0]);
+      state *= decay_since_start(Pair(logs[2 * slot], logs[2 * slot + 1]), floats[0]);
       state += sums[slot * size + element];
       entry[(border + block + (BACK ? 0 : 1)) * size + element] = state;
     }
@@ -142,18 +135,15 @@ METAL_FUNC Walk block_walk(int block, int length, int total) {
 //# body
   constexpr int K = (DY + 7) / 8, R = W / 8, LDX = 8 * K + 16 / sizeof(TX), LDY = 8 * K + 16 / sizeof(TY);
   constexpr int LDP = W + 4;
-  threadgroup TX xs[W * LDX];
-  threadgroup TY ys[W * LDY];
-  threadgroup float ps[W * LDP];
-  threadgroup float2 cum[W];
+  SHARED TX xs[W * LDX];
+  SHARED TY ys[W * LDY];
+  SHARED float ps[W * LDP];
+  SHARED Pair cum[W];
 
-  const int thread_index = thread_index_in_threadgroup, threads = threads_per_threadgroup.x;
-  const int simdgroup = simdgroup_index_in_threadgroup;
-  const int block = threadgroup_position_in_grid.y, bh = threadgroup_position_in_grid.z;
-  const int hs = entry_shape[1], ho = max(int(x_shape[2]), hs), blocks = threadgroups_per_grid.y;
+  const int block = launch.group.y, bh = launch.group.z;
+  const int hs = entry_shape[1], ho = max(int(x_shape[2]), hs), blocks = launch.groups.y;
   const int total = x_shape[1], batch = bh / ho, head = bh % ho, shead = head * hs / ho;
-  const Spot at = lane_spot(thread_index_in_simdgroup);
-  const int col0 = 8 * NC * simdgroup;
+  const int col0 = 8 * NC * launch.simdgroup;
   const float power = floats[0], scale = floats[1];
   const Walk walk = block_walk(block, ints[0], total);
 
@@ -169,17 +159,11 @@ METAL_FUNC Walk block_walk(int block, int length, int total) {
             int(entry_strides[3]), int(entry_strides[4]), DY, DZ - col0, at);
   for (int u = 0; u < walk.count; u += W) {
     const int rows = min(W, walk.count - u), t = walk.first + u;
-    stage<W, 8 * K>(xs, LDX, x + x_base + t * x_strides[1], int(x_strides[1]), int(x_strides[3]), rows,
-                    DY, thread_index, threads);
-    stage<W, 8 * K>(ys, LDY, y + y_base + t * y_strides[1], int(y_strides[1]), int(y_strides[3]), rows,
-                    DY, thread_index, threads);
-    if (simdgroup == 0) {
-      const int lane = thread_index_in_simdgroup;
-      const float decay = lane < rows ? g[g_base + (t + lane) * g_strides[1]] : 1.0f;
-      decay_sums(cum, W, decay, LOG_ZERO, float2(0.0f, 0.0f), lane);
-    }
+    stage<W, 8 * K>(xs, LDX, x + x_base + t * x_strides[1], int(x_strides[1]), int(x_strides[3]), rows, DY, launch);
+    stage<W, 8 * K>(ys, LDY, y + y_base + t * y_strides[1], int(y_strides[1]), int(y_strides[3]), rows, DY, launch);
+    stage_decay<W>(cum, g + g_base + t * g_strides[1], g_strides[1], rows, launch);
     sync_threadgroup();
-    scores<W, K>(ps, LDP, xs, LDX, ys, LDY, cum, power, scale, simdgroup, threads / 32, at);
+    scores<W, K>(ps, LDP, xs, LDX, ys, LDY, cum, power, scale, launch, at);
     Tile<R, NC> zs, os;
     tile_read(zs, z + z_base + t * z_strides[1], int(z_strides[1]), int(z_strides[3]), rows, DZ - col0,
               at);

@@ -155,9 +155,10 @@ class StopWatch:
     """
 
     def __init__(self, stops: str | Sequence[str]):
-        self._stops = (stops,) if isinstance(stops, str) else tuple(stops)
-        if any(not isinstance(s, str) or not s for s in self._stops):
+        several = (stops,) if isinstance(stops, str) else stops
+        if not isinstance(several, list | tuple) or any(not isinstance(s, str) or not s for s in several):
             raise InputError(f"a stop string must be text and not empty, got {repr(stops)[:60]}")
+        self._stops = tuple(several)
         self._held = ""
         self.stopped = False
 
@@ -218,6 +219,9 @@ def stream_generate(
     `stop`: a text, or several, before which to end.
     """
     check_whole("max_tokens", max_tokens, 1)
+    if not hasattr(model, "config") or not hasattr(tokenizer, "vocab_size"):
+        got = f"{type(model).__name__} and {type(tokenizer).__name__}"
+        raise InputError(f"stream_generate takes a LanguageModel and its Tokenizer, got {got}")
     if isinstance(prompt, str):
         if not prompt:
             raise InputError("the prompt has no tokens: give some text to continue")

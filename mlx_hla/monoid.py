@@ -2,8 +2,8 @@
 
 A segment is a run of neighbouring tokens. Its state holds what it would leave in the streaming state if
 it came first, and what it needs to extend a carry from before it. `combine(a, b)` is "a, then b": Eqs.
-4.1, 6.2 and 7.7 in decayed forms (the paper's decayed forms are not associative: see the errata in the
-README).
+4.1, 6.2 and 7.7 in decayed forms (the paper's decayed forms are not associative: see the errata in
+`reference/README.md`).
 
 Everything here uses `*`, `+`, `@` and indexing only, so it runs on NumPy and MLX arrays alike, with any
 leading axes: matrices are [.., D, V] or [.., D, D], vectors are columns [.., D, 1], ρ = Π g is a number
@@ -108,7 +108,7 @@ def identity(kind, D, V, normalize=False, zeros=np.zeros):
 
 
 def _check_kind(kind):
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"[monoid] kind must be one of {', '.join(KINDS)}, got {kind!r}")
 
 
@@ -116,6 +116,8 @@ def combine(a, b):
     """Segment a, then segment b: associative, and exact for any decay, zeros included."""
     if type(a) is not type(b):
         raise ValueError(f"[monoid] cannot combine {type(a).__name__} with {type(b).__name__}")
+    if type(a) not in _COMBINE:
+        raise ValueError(f"[monoid] combine takes two segments of one kind, got {type(a).__name__}")
     return _COMBINE[type(a)](a, b)
 
 

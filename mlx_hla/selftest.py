@@ -1,6 +1,6 @@
 """`mlx-hla selftest`: every Metal kernel on this machine, against float64 and against the plain MLX ops.
 
-A case is one kernel (family and kind), dtype and shape. Its results (outputs and states, or every gradient)
+A case is one operator, what is run of it, dtype and shape. Its results (outputs and states, or each gradient)
 are compared in the relative Frobenius norm, each on its own, the largest error counts:
 
 - with the float64 reference on the same inputs; where that would take minutes, with the ops path in float32;
@@ -28,13 +28,13 @@ import numpy as np
 import mlx_hla
 from mlx_hla import kernels, reference
 from mlx_hla.errors import InputError
+from mlx_hla.ops import backend, metal
+from mlx_hla.ops.checks import Dims, canonical_step
+from mlx_hla.ops.operator import Held, Operator, choices, find
+from mlx_hla.transforms import leaves
 
-FAMILIES = ("linear", "hla2", "ahla", "hla3")
 KINDS = ("forward", "backward", "step", "packed")
 DTYPES = ("float32", "float16", "bfloat16")
-OPS = {"linear": "linear_attention"}  # where the public name is another
-MATRICES = {"linear": "P", "hla2": "SF", "ahla": "PE", "hla3": "SPF"}  # of a family's state
-STATES = {"linear": "LinearState", "hla2": "HLA2State", "ahla": "AHLAState", "hla3": "HLA3State"}
 
 # Errors that always pass, and that never do. In half precision the first is two units of roundoff: results
 # are rounded, and so are K̃ and the parts of a gradient between launches. float32 has room for a GPU's fast
@@ -62,7 +62,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    family: str
+    family: str  # an operator's label
     kind: str  # one of KINDS; packed is a step with the upper triangle of S
     dtype: str
     shape: Shape
@@ -70,6 +70,14 @@ class Case:
     @property
     def kernel(self) -> str:
         return f"{self.family} {self.kind}" + " step" * (self.kind == "packed")
+
+    @property
+    def operator(self) -> Operator:
+        return find(self.family)
+
+    @property
+    def sequence(self) -> bool:
+        return self.kind in ("forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -102,11 +110,15 @@ LONG = Shape(1, 4096, 16, 16, 64, 64)
 STEPS = (Shape(2, 1, 4, 2, 40, 24), Shape(1, 1, 16, 16, 64, 64), Shape(8, 1, 16, 4, 128, 128))
 
 
+def kinds(operator: Operator) -> Iterator[str]:
+    """What there is to run of an operator; a packed step where a kernel steps a symmetric S."""
+    symmetric = any(slot.symmetric for slot in operator.slots)
+    yield from (k for k in KINDS if k != "packed" or (symmetric and kernels.steps(operator.family, 1)))
+
+
 def all_cases(sequences=SEQUENCES, steps=STEPS, long=LONG) -> Iterator[Case]:
-    for family in FAMILIES:
-        for kind in KINDS:
-            if kind == "packed" and family not in ("hla2", "hla3"):
-                continue
+    for family in choices():
+        for kind in kinds(find(family)):
             sequence = kind in ("forward", "backward")
             for shape in sequences if sequence else steps:
                 yield from (Case(family, kind, dtype, shape) for dtype in DTYPES)
@@ -128,10 +140,11 @@ def inputs(case: Case) -> tuple[list[mx.array], list[mx.array]]:
     arrays = [normal(s.B, s.T, *width, dtype=case.dtype) for width in widths]
     g = rng.uniform(0.9, 1, (s.B, s.T, s.Hkv))
     g[:, s.T // 3] = 0 if s.T > 1 else 0.9  # a reset: the state starts anew there
-    S = normal(s.B, s.Hkv, s.D, s.D)
-    P, F = normal(s.B, s.Hkv, s.D, s.DV), normal(s.B, s.Hq, s.D, s.DV)
-    S = S + S.swapaxes(2, 3)
-    state = {"linear": [P], "hla2": [S, F], "ahla": [P, F], "hla3": [S, P, F]}[case.family]
+    state = []
+    for slot in case.operator.slots:
+        x = normal(*slot.shape(Dims(s.B, s.Hq, s.Hkv, s.D, s.DV)))
+        x = x + x.swapaxes(2, 3) if slot.symmetric else 1 + mx.abs(x) if slot.counts else x
+        state.append(x)
     given = [normal(s.B, s.T, s.Hq, s.DV, dtype=case.dtype), *(normal(*x.shape) for x in state)]
     return [*arrays, mx.array(g, mx.float32), *state], given
 
@@ -139,64 +152,54 @@ def inputs(case: Case) -> tuple[list[mx.array], list[mx.array]]:
 Run = Callable[..., list[mx.array]]
 
 
-def through_kernels(case: Case) -> Run:
-    scale = case.shape.D**-0.5
-    if case.kind in ("forward", "backward"):
-        sequence = getattr(kernels, case.family)
-
-        def run(q, k, v, g, *state):
-            o, state = sequence(q, k, v, g, state, scale=scale)
-            return [o, *state]
-
-        return run
-    packed = case.kind == "packed"
-
-    def step(q, k, v, g, *state):
-        token = (x[:, 0] for x in (q, k, v, g))
-        o, state = kernels.step(case.family, *token, state, scale=scale, packed=packed)
-        return [o[:, None], *state]
-
-    return step
+def _state(operator: Operator, arrays: Sequence, kind: type | None = None):
+    """The operator's state of its slots' arrays; kind: in a class of the same fields."""
+    held = zip((slot.key for slot in operator.slots), map(Held, arrays), strict=True)
+    state = operator.state_of(dict(held))
+    return state if kind is None else kind(*state)
 
 
-def _through_ops(case: Case) -> Run:
-    kind = getattr(mlx_hla, STATES[case.family])
-    name = OPS.get(case.family, case.family)
-    options = {"scale": case.shape.D**-0.5, "backend": "mlx"}
-    fields = len(MATRICES[case.family])
+def through(case: Case, name: str) -> Run:
+    """The case on a backend."""
+    operator = case.operator
+    options = {"scale": case.shape.D**-0.5, "backend": name}
 
     def run(q, k, v, g, *state):
-        if case.kind in ("forward", "backward"):
-            sequence = getattr(mlx_hla, name)
-            o, state = sequence(q, k, v, decay=g, initial_state=kind(*state), **options)
-        else:
-            step = getattr(mlx_hla, f"{name}_step")
-            q, k, v, g = (x[:, 0] for x in (q, k, v, g))
-            o, state = step(q, k, v, kind(*state), decay=g, **options)
-            o = o[:, None]
-        return [o, *state[:fields]]
+        if case.sequence:
+            o, after = backend.sequence(operator, q, k, v, _state(operator, state), decay=g, **options)
+            return [o, *leaves(after)]
+        token = (x[:, 0] for x in (q, k, v))
+        o, after = backend.step(operator, *token, _state(operator, state), decay=g[:, 0], **options)
+        return [o[:, None], *leaves(after)]
 
-    return run
+    def packed(q, k, v, g, *state):
+        token = (x[:, 0] for x in (q, k, v))
+        call = canonical_step(operator.name, *token, operator.options, decay=g[:, 0], scale=options["scale"])
+        o, after = metal.step(operator, call, _state(operator, state), packed=True)
+        return [o[:, None], *leaves(after)]
+
+    return packed if case.kind == "packed" and name == "metal" else run
 
 
 def _in_float64(case: Case, arrays, given) -> list[np.ndarray]:
     """The case's results by the reference."""
     q, k, v, g, *state = (np.array(x.astype(mx.float32), np.float64) for x in arrays)
-    kind, scale = getattr(reference, STATES[case.family]), case.shape.D**-0.5
-    name = OPS.get(case.family, case.family)
+    operator, scale = case.operator, case.shape.D**-0.5
+    kind = getattr(reference, operator.state.__name__)
+    start = _state(operator, state, kind)
     if case.kind != "backward":
-        serial = getattr(reference, f"serial_{name}")
-        o, last = serial(q, k, v, scale=scale, decay=g, initial_state=kind(*state))
+        serial = getattr(reference, f"serial_{operator.name}")
+        o, last = serial(q, k, v, scale=scale, decay=g, initial_state=start)
         return [o, *(x for x in last if x is not None)]
     do, *dstate = (np.array(x.astype(mx.float32), np.float64) for x in given)
-    vjp = getattr(reference, f"vjp_{name}")
-    d = vjp(q, k, v, g, kind(*state), do, kind(*dstate), scale=scale)
+    vjp = getattr(reference, f"vjp_{operator.name}")
+    d = vjp(q, k, v, g, start, do, _state(operator, dstate, kind), scale=scale)
     return [d["q"], d["k"], d["v"], d["decay"], *(x for x in d["initial_state"] if x is not None)]
 
 
 def _names(case: Case) -> list[str]:
-    states = MATRICES[case.family]
-    return [f"d{x}" for x in "qkvg" + states] if case.kind == "backward" else ["o", *states]
+    states = [slot.key for slot in case.operator.slots]
+    return [f"d{x}" for x in ("q", "k", "v", "g", *states)] if case.kind == "backward" else ["o", *states]
 
 
 def _with_gradients(case: Case, run: Run, given) -> Run:
@@ -211,8 +214,8 @@ def _error(got: Sequence[mx.array], want: Sequence[np.ndarray], names: Sequence[
     for x, y, name in zip(got, want, names, strict=True):
         if tuple(x.shape) != y.shape:
             raise ValueError(f"{name} is {tuple(x.shape)}, expected {y.shape}")
-        x = np.array(x.astype(mx.float32), np.float64)
-        error = float(np.linalg.norm(x - y) / (np.linalg.norm(y) or 1.0))
+        difference = np.array(x.astype(mx.float32), np.float64) - y
+        error = float(np.linalg.norm(difference) / (np.linalg.norm(y) or 1.0))
         if not error <= worst[0]:  # NaN is the largest
             worst = (error, name)
         if np.isnan(error):
@@ -234,19 +237,19 @@ def _milliseconds(run: Run, arrays, repeats: int, queue: int) -> float:
 def run_case(case: Case, repeats: int = 5) -> Result:
     arrays, given = inputs(case)
     s = case.shape
-    ops = _with_gradients(case, _through_ops(case), given)
+    ops = _with_gradients(case, through(case, "mlx"), given)
     if s.B * s.T * s.Hq * s.D * s.DV <= REFERENCE_WORK:
         want = _in_float64(case, arrays, given)
     else:
         wide = [x.astype(mx.float32) for x in arrays]
-        exact = _with_gradients(case, _through_ops(case), [x.astype(mx.float32) for x in given])
+        exact = _with_gradients(case, through(case, "mlx"), [x.astype(mx.float32) for x in given])
         want = [np.array(x, np.float64) for x in exact(*wide)]
     ops_error, _ = _error(ops(*arrays), want, _names(case))
     tolerance = min(max(4 * ops_error, LEAST[case.dtype]), MOST[case.dtype])
     fast_arrays = list(arrays)
     if case.kind == "packed":
         fast_arrays[4] = kernels.pack(fast_arrays[4])
-    kernel = _with_gradients(case, through_kernels(case), given)
+    kernel = _with_gradients(case, through(case, "metal"), given)
     nan = float("nan")
     try:
         got = kernel(*fast_arrays)
@@ -271,7 +274,7 @@ def machine() -> dict[str, str]:
     return {
         "chip": str(mx.device_info().get("device_name", "unknown")),
         "system": system,
-        "mlx": mx.__version__,
+        "mlx": mx.__version__,  # type: ignore[attr-defined]
         "mlx_hla": mlx_hla.__version__,
         "python": platform.python_version(),
     }
@@ -301,7 +304,7 @@ def _line(cells) -> str:
 
 def row(r: Result) -> str:
     ratio = r.ops_ms / r.kernel_ms
-    cells = (r.case.kernel, r.case.dtype, str(r.case.shape), f"{r.error:.1e}", f"{r.tolerance:.1e}")
+    cells = [r.case.kernel, r.case.dtype, str(r.case.shape), f"{r.error:.1e}", f"{r.tolerance:.1e}"]
     cells += (f"{r.ops_error:.1e}", f"{r.kernel_ms:.3f}", f"{r.ops_ms:.3f}", f"{ratio:.2f}")
     line = _line((*cells, "pass" if r.passed else "FAIL"))
     return line if r.passed else f"{line}  ({r.worst})"
@@ -309,7 +312,7 @@ def row(r: Result) -> str:
 
 def add_arguments(parser) -> None:
     add = parser.add_argument
-    add("--family", action="append", choices=FAMILIES, help="only this family; repeatable")
+    add("--family", action="append", choices=choices(), help="only this operator; repeatable")
     add("--dtype", action="append", choices=DTYPES, help="only this dtype; repeatable")
     add("--repeats", type=int, default=5, help="timed runs of each kernel")
     add("--json", action="store_true", help="print one JSON object instead of the table")
@@ -327,7 +330,7 @@ def run(args, cases: Sequence[Case] | None = None) -> int:
     cases = [
         c
         for c in (all_cases() if cases is None else cases)
-        if c.family in (args.family or FAMILIES) and c.dtype in (args.dtype or DTYPES)
+        if c.family in (args.family or choices()) and c.dtype in (args.dtype or DTYPES)
     ]
     here = machine()
     if not args.json:

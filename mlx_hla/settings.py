@@ -80,9 +80,9 @@ def from_dict(cls: type[T], values: object, name: str) -> T:
     if not isinstance(values, dict):
         raise InputError(f"{name}: must be a JSON object, got {type(values).__name__}")
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - known)
+    unknown = sorted(set(values) - known, key=str)
     if unknown:
-        shown = ", ".join(repr(k[:40]) for k in unknown[:5])
+        shown = ", ".join(repr(k)[:42] for k in unknown[:5])
         raise InputError(f"{name}: unknown keys {shown}; known are {', '.join(sorted(known))}")
     try:
         return cls(**values)
@@ -99,6 +99,11 @@ def parse_json(data: bytes, name: str) -> object:
     def constant(text):
         raise ValueError(f"{text} is not JSON")
 
+    def number(text):
+        if math.isfinite(value := float(text)):
+            return value
+        raise ValueError(f"{text[:20]} is beyond the numbers")
+
     def unique(pairs):
         result = dict(pairs)
         if len(result) != len(pairs):
@@ -106,6 +111,8 @@ def parse_json(data: bytes, name: str) -> object:
         return result
 
     try:
-        return json.loads(data.decode(), parse_constant=constant, object_pairs_hook=unique)
+        return json.loads(
+            data.decode(), parse_constant=constant, parse_float=number, object_pairs_hook=unique
+        )
     except (ValueError, RecursionError) as e:  # a decode error is a ValueError too
         raise InputError(f"{name}: not valid JSON ({' '.join(str(e).split())[:100]})") from None

@@ -59,7 +59,7 @@ RULES = {
     "another power of the decay": (r"\bcum, ([12])\.0f", lambda m: f"cum, {3 - int(m[1])}.0f"),
     "drop a scale": (r"\bscale \* ", ""),
     "drop another factor": (r"\b(?:read|write|power) \* ", ""),
-    "drop a sum": (r" \+= (?!\d|threads\b|32|NS\b|W\b|simdgroups\b)", " = "),
+    "drop a sum": (r" \+= (?!\d|launch\.threads|32|NS\b|W\b)", " = "),
     "count down": (r" -= ", " += "),
     "swap the tiles of a product": (r"\b(xs|qs), (LD\w*), (ys|ks|kts), (LD\w*)", r"\3, \4, \1, \2"),
     "read another tile": (r"\b(\w+), (\w+), LD(\w*), (s|f|state|zs|right|grad), at\)",
@@ -75,19 +75,24 @@ RULES = {
     "another lane": (r"simd_(shuffle_xor|broadcast)\(x, (\d+)\)", r"simd_\1(x, \2 / 2)"),
     "another simdgroup": (r"\bsimdgroup == 0\b", "simdgroup == 1"),
     "round too early": (r"static_cast<T>\(", "static_cast<T>(2.0f * "),
-    "one thread too few": (r"\+= threads\b", "+= threads + 1"),
+    "one thread too few": (r"\+= (launch\.threads|32 \* NS)(?=\))", r"+= \1 + 1"),
     "a reset that leaks": (r"-128\.0f", "-16.0f"),
+    "a zero taken for 1e-30": (r"\bdecay, LOG_ZERO\b", "decay, -69.07755f"),
     "mirror too little": (r"diagonal (>=?) 0", r"diagonal \1 8"),
     "write a state to the wrong place": (r"\bslot \* ", "(slot ^ 1) * "),
 }  # fmt: skip
 
 # Edits that change nothing: (rule, a piece of the line and the next, why).
 EQUIVALENT = [
+    ("flip a loose comparison", "g <= 0.0f || l < log_least", "log 0 is below any bound"),
+    ("flip a comparison", "g <= 0.0f || l < log_least", "the larger of two equals is either"),
     ("flip a strict comparison", "DY > DZ ? DY : DZ", "the larger of two equals is either"),
     ("flip a strict comparison", "D > DV ? D : DV", "the larger of two equals is either"),
     ("flip a strict comparison", "? y_shape[2] : z_shape[2]", "the larger of two equals is either"),
-    ("another simdgroup", "g_strides[1], rows, lane)", "back_keys has two simdgroups or more; any may do it"),
-    ("one thread too few", "i < W; i += threads", "back_keys has 64 threads or more and W is at most 32"),
+    ("another simdgroup", "step_normaliser<", "a step has two simdgroups or more; any may do it"),
+    ("turn an equality", "? whole[0] : whole[1]", "a log's two parts are only ever added"),
+    ("one thread too few", "i < rows; i += launch.threads", "64 threads or more, and rows at most 32"),
+    ("one thread too few", "i < W; i += launch.threads", "64 threads or more, and W is at most 32"),
     ("take the last stride for 1", "plus_strides[3]", "plus is what back_queries wrote: contiguous"),
 ]
 

@@ -4,26 +4,24 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import assert_close, to_numpy
-from ops_reference import ROUNDOFF, Case, Problem, check_state, function, leaves, rebuild, reference_vjp
+from ops_reference import OPERATORS, ROUNDOFF, Problem, check_state, function, leaves, rebuild
+from ops_reference import Case as Case
 from standin import metal
 
-import mlx_hla
 from mlx_hla import kernels
-from mlx_hla.ops.checks import canonical, canonical_step
+from mlx_hla.ops import metal as on_metal
+from mlx_hla.ops.checks import Call, canonical_step
+from mlx_hla.ops.operator import Held
 
 needs_standin = pytest.mark.skipif(metal.why_not() is not None, reason=str(metal.why_not()))
 
-FAMILIES = {"first": "linear", "hla2": "hla2", "hla2-ridge": "hla2", "ahla": "ahla", "hla3": "hla3"}
+# Operators that have kernels of their own, and those that are passes on the kernels of first order.
+FAMILIES = [op for op, tested in OPERATORS.items() if tested.operator.family]
+COMPOSED = [op for op in OPERATORS if op not in FAMILIES]
+PACKED = [op for op in FAMILIES if any(slot.symmetric for slot in OPERATORS[op].operator.slots)]
+PLAIN = [op for op in FAMILIES if not OPERATORS[op].options]
 each_family = pytest.mark.parametrize("op", FAMILIES)
-
-# Where each family's normaliser is kept: the last column of a matrix of the state.
-NORMALISERS = {
-    "linear": {"P": "m"},
-    "hla2": {"S": None, "F": "eta"},
-    "ahla": {"P": "m", "E": "n"},
-    "hla3": {"S": None, "P": "m", "F": "eta"},
-}
-STATES = {"linear": "LinearState", "hla2": "HLA2State", "ahla": "AHLAState", "hla3": "HLA3State"}
+each_composed = pytest.mark.parametrize("op", COMPOSED)
 
 # Orders in which the stand-in runs simdgroups and lanes; every one must give the same bits. Two threads that
 # write the same value to one place are refused in the first.
@@ -42,80 +40,86 @@ def use_schedule(monkeypatch, name):
         monkeypatch.setattr(f"mlx_hla.kernels.plan.{constant}", value)
 
 
-def _columns(family, state, normalize):
-    """A state's NamedTuple as the kernels take it: normalisers as last columns."""
-    out = []
-    for name, vector in NORMALISERS[family].items():
-        x = getattr(state, name)
-        if normalize and vector:
-            x = mx.concatenate([x, getattr(state, vector)[..., None]], axis=-1)
-        out.append(x)
-    return tuple(out)
-
-
-def _named(family, arrays, normalize):
-    """The inverse of `_columns`."""
-    fields = {}
-    for (name, vector), x in zip(NORMALISERS[family].items(), arrays, strict=True):
-        fields[name] = x[..., :-1] if normalize and vector else x
-        if normalize and vector:
-            fields[vector] = x[..., -1]
-    return getattr(mlx_hla, STATES[family])(**fields)
-
-
-def _result(call, o, dtype):
-    if call.ones is None:
-        return o
-    den = o[..., -1:].astype(mx.float32) + call.eps
-    if call.mask is not None:
-        den = mx.where(call.mask[..., None, None], den, 1.0)
-    return (o[..., :-1].astype(mx.float32) / den).astype(dtype)
-
-
-def _values(call):
-    return call.v if call.ones is None else mx.concatenate([call.v, call.ones], axis=-1)
-
-
 def through_kernels(op):
-    """The operator with the public signature, by one call of `mlx_hla.kernels`."""
-    family = FAMILIES[op]
-    ridge = {"ridge": 0.3} if op == "hla2-ridge" else {}
-
-    def run(q, k, v, *, scale, normalize, eps, decay=None, mask=None, segment_ids=None, initial_state=None):
-        call = canonical(family, q, k, v, scale, decay, normalize, eps, mask, segment_ids)
-        state = None if initial_state is None else _columns(family, initial_state, normalize)
-        o, state = getattr(kernels, family)(
-            call.q, call.k, _values(call), call.g, state, scale=scale, **ridge
-        )
-        return _result(call, o, q.dtype), _named(family, state, normalize)
-
-    return run
+    """The public operator on the kernels."""
+    f = function(op)
+    return lambda *qkv, **options: f(*qkv, backend="metal", **options)
 
 
 def through_steps(op, packed=False):
-    """The same by one `kernels.step` for every token; no mask, no segments."""
-    family = FAMILIES[op]
-    ridge = 0.3 if op == "hla2-ridge" else 0.0
+    """The same token by token; no mask, no segments. packed: S comes and goes as its upper triangle."""
+    tested = OPERATORS[op]
 
-    def run(q, k, v, *, scale, normalize, eps, decay=None, mask=None, segment_ids=None, initial_state=None):
+    def run(q, k, v, *, mask=None, segment_ids=None, initial_state=None, **options):
         assert mask is None
         assert segment_ids is None
-        state = None if initial_state is None else _columns(family, initial_state, normalize)
-        if packed and state:
-            state = (kernels.pack(state[0]), *state[1:])
-        outputs = []
+        state, outputs = initial_state, []
+        if packed and state is not None:
+            state = state._replace(S=kernels.pack(state.S))
         for t in range(q.shape[1]):
-            g = decay[:, t] if isinstance(decay, mx.array) and decay.ndim == 3 else decay
-            call = canonical_step(family, q[:, t], k[:, t], v[:, t], scale, g, normalize, eps)
-            o, state = kernels.step(
-                family, call.q, call.k, _values(call), call.g, state, scale=scale, ridge=ridge, packed=packed
-            )
-            outputs.append(_result(call, o, q.dtype))
-        if packed:
-            state = (kernels.unpack(state[0]), *state[1:])
-        return mx.stack(outputs, axis=1), _named(family, state, normalize)
+            here = {n: x[:, t] if isinstance(x, mx.array) and x.ndim == 3 else x for n, x in options.items()}
+            token = (x[:, t] for x in (q, k, v))
+            if packed:
+                call = canonical_step(op, *token, tested.operator.options, tested.options, **here)
+                o, state = on_metal.step(tested.operator, call, state, packed=True)
+            else:
+                o, state = function(op, step=True)(*token, state, backend="metal", **here)
+            outputs.append(o)
+        return mx.stack(outputs, axis=1), state._replace(S=kernels.unpack(state.S)) if packed else state
 
     return run
+
+
+# ---- the kernels with states as tuples of arrays, in the order of the state's fields
+
+
+def _call(op, q, k, v, g, scale, eps, ridge, decay_gradient=True):
+    options = {o.name: ridge for o in OPERATORS[op].operator.options}
+    normalize = eps is not None
+    return Call(
+        op,
+        q,
+        k,
+        v,
+        g,
+        scale,
+        normalize,
+        eps or 0.0,
+        decay_gradient=decay_gradient and g is not None,
+        options=options,
+    )
+
+
+def _state(op, arrays):
+    """The state of `arrays`: its matrices, then, if there are more, their normalisers."""
+    if arrays is None:
+        return None
+    slots = OPERATORS[op].operator.slots
+    vectors = iter(arrays[len(slots) :])
+    held = {
+        s.key: Held(x, next(vectors, None) if s.normaliser else None)
+        for s, x in zip(slots, arrays, strict=False)
+    }
+    return OPERATORS[op].operator.state_of(held)
+
+
+def _arrays_of(op, state):
+    held = OPERATORS[op].operator.held(state).values()
+    return (*(x.matrix for x in held), *(x.vector for x in held if x.vector is not None))
+
+
+def sequence(op, q, k, v, g=None, state=None, *, scale=1.0, eps=None, ridge=0.0, decay_gradient=True):
+    """(o, state) of a sequence by the kernels."""
+    call = _call(op, q, k, v, g, scale, eps, ridge, decay_gradient)
+    o, state = on_metal.MetalSequence(OPERATORS[op].operator, call, _state(op, state)).run()
+    return o, _arrays_of(op, state)
+
+
+def step(op, q, k, v, g=None, state=None, *, scale=1.0, eps=None, ridge=0.0, packed=False):
+    """(o, state) of one token by its kernel."""
+    call = _call(op, q, k, v, g, scale, eps, ridge)
+    o, state = on_metal.step(OPERATORS[op].operator, call, _state(op, state), packed)
+    return o, _arrays_of(op, state)
 
 
 class KernelProblem(Problem):
@@ -179,14 +183,10 @@ class KernelProblem(Problem):
             assert x.dtype == d.dtype, f"d{name} is {d.dtype}, expected {x.dtype}"
         return dict(zip(self.arrays, grads, strict=True))
 
-    def wanted(self, given):
+    def in_float64(self, given):
         """The same in float64."""
         do, *dstate = (to_numpy(x) for x in given)
-        q, k, v, decay, start = self._reference
-        options = {n: x for n, x in self.options.items() if n != "decay"}
-        dstate = rebuild(self.shape, dstate)
-        want = reference_vjp(self.op, q, k, v, decay, start, do, dstate, **options)
-        return want | {f"state.{name}": x for name, x in leaves(want.pop("initial_state")).items()}
+        return self.wanted(do, rebuild(self.shape, dstate))
 
     def tolerance(self, gradient=False, result=None):
         """`bound`, and what the kernels round to the inputs' dtype on the way.
@@ -223,7 +223,7 @@ class KernelProblem(Problem):
         for name, x in leaves(ops_state).items():
             assert_close(f"{self.op} {name}, kernels and ops", leaves(state)[name], x, 2 * self.tolerance())
         if gradients:
-            want, ops = self.wanted(given), self.all_gradients(given, self.ops)
+            want, ops = self.in_float64(given), self.all_gradients(given, self.ops)
             for name, x in grads.items():
                 tol = self.tolerance(True, x)
                 assert_close(f"{self.op} d{name}", x, want[name], tol)
@@ -251,9 +251,3 @@ def bits(x):
 def same_bits(a, b):
     a, b = _arrays(a), _arrays(b)
     return len(a) == len(b) and all(np.array_equal(bits(x), bits(y)) for x, y in zip(a, b, strict=True))
-
-
-__all__ = [
-    "FAMILIES", "SCHEDULES", "THREADS", "Case", "KernelProblem", "each_family", "needs_standin", "same_bits",
-    "through_kernels", "through_steps", "use_schedule",
-]  # fmt: skip

@@ -3,6 +3,9 @@
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_hla import reference
+from mlx_hla.ops.order import operator_of
+
 
 def assert_close(name, got, want, tol):
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
@@ -31,32 +34,15 @@ def _rotate(x, base):
     return np.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-def _operate(operator, q, k, v, g):
-    """One head: q, k [T, D] with the scale in q, v [T, Dv], g [T]. The recurrences of the paper."""
-    (T, D), Dv = q.shape, v.shape[1]
-    S, P = np.zeros((D, D)), np.zeros((D, Dv))
-    F, E, out = np.zeros((D, Dv)), np.zeros((D, Dv)), np.zeros((T, Dv))
-    quartic = np.zeros((D, Dv))
-    for t in range(T):
-        S = g[t] * S + np.outer(k[t], k[t])
-        P = g[t] * P + np.outer(k[t], v[t])
-        pair = S @ q[t]
-        if operator == "first":
-            out[t] = P.T @ q[t]
-        elif operator == "ahla":
-            E = g[t] * E + np.outer(k[t], P.T @ q[t])
-            out[t] = E.T @ q[t]
-        elif operator == "hla2":
-            F = g[t] ** 2 * F + np.outer(pair, v[t])
-            out[t] = F.T @ q[t]
-        elif operator == "hla3":
-            F = g[t] ** 3 * F + np.outer(pair, P.T @ q[t])
-            out[t] = F.T @ q[t]
-        elif operator == 4:
-            F = g[t] ** 2 * F + np.outer(pair, v[t])
-            quartic = g[t] ** 4 * quartic + np.outer(pair, F.T @ q[t])
-            out[t] = quartic.T @ q[t]
-    return out
+def _operate(attention, q, k, v, g):
+    """One head: q, k [T, D] with the scale in q, v [T, Dv], g [T], by the operator's float64 recurrence."""
+    operator = operator_of(attention.operator)
+    serial = getattr(reference, f"serial_{operator.name}")
+    q, k, v, g = (x[None, :, None] for x in (q, k, v, g))
+    own = {}
+    if operator.name == "readout" and attention.qk_norm:  # normalised keys have the length √D, or here 1
+        own["beta"] = -1.0 if attention.qk_norm == "l2" else -1.0 / attention.head_dim
+    return serial(q, k, v, decay=g, **operator.selected, **own)[0][0, :, 0]
 
 
 def parameters(attention):
@@ -102,9 +88,9 @@ def layer(attention, x, weights=None):
     o = np.zeros((T, Hq, Dv))
     for h in range(Hq):
         j = h * Hkv // Hq
-        o[:, h] = _operate(a.operator, scale * q[:, h], k[:, j], v[:, j], g[:, j])
+        o[:, h] = _operate(a, scale * q[:, h], k[:, j], v[:, j], g[:, j])
         if a.normalize:
-            o[:, h] /= _operate(a.operator, scale * q[:, h], k[:, j], np.ones((T, 1)), g[:, j]) + 1e-6
+            o[:, h] /= _operate(a, scale * q[:, h], k[:, j], np.ones((T, 1)), g[:, j]) + 1e-6
     if "out_norm" in a:
         o = _rms(o, w["out_norm.weight"], 1e-5)
     o = o.reshape(T, Hq * Dv)

@@ -7,7 +7,6 @@ import mlx.core as mx
 import pytest
 from standin import metal
 
-from mlx_hla import kernels
 from mlx_hla.kernels import plan
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.skipif(metal.why_not() is not None, reason=str(metal.wh
 def counts(family, heads, T=1024, D=16):
     arrays, state, _ = cost_table.inputs(family, T, D, mx.bfloat16, heads=heads)
     with metal.counters() as c:
-        mx.eval(getattr(kernels, family)(*arrays, state, scale=0.25))
+        mx.eval(cost_table.run_sequence(family, *arrays, *state))
     return cost_table.moved(c), c.matrix_macs, c.launches
 
 
@@ -73,3 +72,9 @@ def test_rows_and_report(monkeypatch, tmp_path):
     readme.write_text("none")
     with pytest.raises(SystemExit, match="once each"):
         cost_table.into_readme(readme, text)
+
+
+def test_the_page_has_a_place_for_it():
+    text = (Path(__file__).parent.parent / "metal" / "README.md").read_text(encoding="utf-8")
+    assert text.count(cost_table.BEGIN) == text.count(cost_table.END) == 1
+    assert text.index(cost_table.BEGIN) < text.index(cost_table.END)

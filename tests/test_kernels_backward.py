@@ -1,15 +1,20 @@
 """The fused backward: what it costs, the shapes it runs in, and how MLX's transformations meet it."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 from conftest import assert_close
-from kernel_problems import FAMILIES, Case, KernelProblem, each_family, needs_standin, use_schedule
+from kernel_problems import Case, KernelProblem, each_family, needs_standin, sequence, use_schedule
+from ops_reference import OPERATORS
 from standin import metal
 
 import mlx_hla
 from mlx_hla import kernels
-from mlx_hla.kernels import plan
-from mlx_hla.kernels.second_order import between
+from mlx_hla.kernels import between, plan
+from mlx_hla.ops import backend
+from mlx_hla.ops import metal as on_metal
+from mlx_hla.ops.checks import canonical, canonical_step
 
 pytestmark = needs_standin
 
@@ -35,7 +40,7 @@ def test_traffic_and_launches(monkeypatch, op, decay):
     arrays = [q, k, v] + [mx.random.uniform(0.9, 1, (1, 1024, 1))] * decay
 
     def run(*arrays):
-        return [getattr(kernels, FAMILIES[op])(*arrays, scale=0.1)[0]]
+        return [sequence(op, *arrays, scale=0.1)[0]]
 
     with metal.counters() as c:
         mx.eval(mx.vjp(run, arrays, [do]))
@@ -56,8 +61,7 @@ def test_a_constant_decay_costs_no_gradient(monkeypatch, op):
     for wanted in (True, False):
 
         def loss(q, k, v, g, wanted=wanted):
-            f = getattr(kernels, FAMILIES[op])
-            return f(q, k, v, g, scale=0.3, decay_gradient=wanted)[0].square().sum()
+            return sequence(op, q, k, v, g, scale=0.3, decay_gradient=wanted)[0].square().sum()
 
         with metal.counters() as c:
             grads.append(mx.grad(loss, (0, 1, 2, 3))(q, k, v, g))
@@ -118,7 +122,7 @@ def test_vmap_joins_the_batch(monkeypatch, op):
     arrays = (q, k, v, mx.random.uniform(0.5, 1, (3, 2, 9, 2)))
 
     def loss(*arrays):
-        return getattr(kernels, FAMILIES[op])(*arrays, scale=0.3)[0].square().sum()
+        return sequence(op, *arrays, scale=0.3)[0].square().sum()
 
     every = (0, 1, 2, 3)
     alone = [[x[i] for x in arrays] for i in range(3)]
@@ -141,7 +145,7 @@ def test_a_second_reverse_is_refused(monkeypatch, op):
     q = mx.ones((1, 3, 1, 8))
 
     def loss(q):
-        return getattr(kernels, FAMILIES[op])(q, q, q)[0].square().sum()
+        return sequence(op, q, q, q)[0].square().sum()
 
     with pytest.raises(NotImplementedError, match="cannot be differentiated in reverse again"):
         mx.grad(lambda q: mx.grad(loss)(q).sum())(q)
@@ -161,7 +165,7 @@ def test_every_shape_fits(dtype):
         for DV in (8, 9, 16, 64, 65, 96, 97, 104, 128, 129):
             for x, y, d, *z in every_pass(D, DV, dtype):
                 (z,) = z or [y]
-                width = plan.chunk_width([x, y])
+                width = plan.staged_width([x, y])
                 held = [plan.tile_registers(y[0], plan.STRIPE, 1, width, 2)]
                 threads = [32 * plan.ceil_div(z[0], 8 * plan.STRIPE)]
                 back = plan.back_shape(x, y, d, *([z] if z is not y else []))
@@ -184,16 +188,45 @@ def test_every_shape_fits(dtype):
 
 def test_what_a_decay_keeps_is_bounded():
     for heads, D, DV in ((1, 64, 64), (16, 128, 128), (4096, 16, 64)):
-        for cut in plan.segments(heads, 2**20, D, DV, decay=True):
-            start, stop, _ = cut.indices(2**20)
-            kept = 4 * heads * D * DV * (stop - start) / plan.MIN_CHUNK
-            assert kept <= plan.KEPT_BYTES or stop - start <= plan.MIN_BLOCK
+        for width in (8, 16, 32):
+            for cut in plan.segments(heads, 2**20, D, DV, kept_every=width):
+                start, stop, _ = cut.indices(2**20)
+                kept = 4 * heads * D * DV * (stop - start) / width
+                assert kept <= plan.KEPT_BYTES or stop - start <= plan.MIN_BLOCK
+
+
+@pytest.mark.parametrize("op", ["first", "hla2", "hla3"])
+def test_a_normalised_float16_call_is_planned_as_it_runs(monkeypatch, op):
+    """It runs in float32: above 104 columns its chunks have 8 tokens, and so are its states counted."""
+    q = mx.zeros((1, 600, 16, 112), mx.float16)
+    assert kernels.why_not(q, q, q) is None
+    metal.install(monkeypatch, checked=False)
+    operator = OPERATORS[op].operator
+    call = canonical("op", q, q, q, operator.options, decay=mx.ones((16,)), normalize=True)
+    assert not backend._preferred(operator, call)
+    assert backend._preferred(operator, replace(call, normalize=False))
+    widths = []
+    monkeypatch.setattr(plan, "KEPT_BYTES", 2**20)
+    real = plan.segments
+
+    def seen(*args):
+        widths.append(args[-1])
+        return real(*args)
+
+    for module in ("one_pass", "second_order"):
+        monkeypatch.setattr(f"mlx_hla.kernels.{module}.segments", seen)
+    small = (q[:, :5, :1],) * 3
+    small = canonical("op", *small, operator.options, decay=mx.ones((1,)), normalize=True)
+    on_metal.MetalSequence(operator, small, None).run()
+    assert 8 in widths
 
 
 def test_the_rule_for_no_backend():
     """A sequence with chunks of at least 16 tokens, and every step."""
     for D, dtype, taken in ((64, mx.float32, True), (128, mx.bfloat16, True), (128, mx.float32, False)):
         q = mx.zeros((1, 4, 2, D), dtype)
-        assert kernels.why_not("hla2", q, q, q) is None
-        assert kernels.prefers("hla2", q, q, q) is taken
-        assert kernels.prefers("hla2", q[:, 0], q[:, 0], q[:, 0])
+        assert kernels.why_not(q, q, q) is None
+        for op, tested in OPERATORS.items():
+            call, step = canonical(op, q, q, q), canonical_step(op, *(q[:, 0] for _ in "qkv"))
+            assert backend._preferred(tested.operator, call) is (D == 64 if tested.operator.wide else taken)
+            assert backend._preferred(tested.operator, step) is (tested.operator.family is not None)

@@ -3,10 +3,9 @@
 import mlx.core as mx
 import pytest
 from conftest import normal
-from kernel_problems import needs_standin, use_schedule
+from kernel_problems import PLAIN, needs_standin, sequence, step, use_schedule
 from standin import metal
 
-from mlx_hla import kernels
 from mlx_hla.kernels.plan import THREADGROUP_BYTES
 
 pytestmark = needs_standin
@@ -30,7 +29,7 @@ def moved(c):
 
 def run(family, *arrays):
     with metal.counters() as c:
-        mx.eval(getattr(kernels, family)(*arrays))
+        mx.eval(sequence(family, *arrays))
     return c
 
 
@@ -53,7 +52,7 @@ def test_second_order(monkeypatch, schedule, launches, traffic):
     assert c.matrix_macs <= (1.1 if schedule == "walk" else 1.3) * least
 
 
-@pytest.mark.parametrize(("family", "passes"), [("linear", 1), ("ahla", 2), ("hla3", 3)])
+@pytest.mark.parametrize(("family", "passes"), [("first", 1), ("ahla", 2), ("hla3", 3)])
 def test_passes(monkeypatch, family, passes):
     """A pass reads x, y, z once and writes o once."""
     metal.install(monkeypatch)
@@ -65,21 +64,21 @@ def test_passes(monkeypatch, family, passes):
     assert c.threadgroup_bytes <= THREADGROUP_BYTES
 
 
-@pytest.mark.parametrize("family", ["linear", "hla2", "ahla", "hla3"])
+@pytest.mark.parametrize("family", PLAIN)
 def test_steps(monkeypatch, family):
     """One launch; every byte of the state is read once and written once."""
     metal.install(monkeypatch)
     H, D = 2, 64
     q, k, v, g = (x[:, 0] for x in inputs(1, H))
-    _, state = kernels.step(family, q, k, v, g)
+    _, state = step(family, q, k, v, g)
     with metal.counters() as c:
-        mx.eval(kernels.step(family, q, k, v, g, state))
+        mx.eval(step(family, q, k, v, g, state))
     states = 2 * sum(x.nbytes for x in state)
     assert c.launches == 1
     assert moved(c) <= 1.05 * (states + 4 * H * D * 2)
 
 
-@pytest.mark.parametrize("family", ["linear", "hla2", "ahla", "hla3"])
+@pytest.mark.parametrize("family", PLAIN)
 def test_a_backward_is_bounded(monkeypatch, family):
     """Launches and traffic of forward and backward, so that a change that doubles them is seen."""
     metal.install(monkeypatch)
@@ -88,10 +87,10 @@ def test_a_backward_is_bounded(monkeypatch, family):
     arrays = inputs(T, H)
 
     def loss(*arrays):
-        return getattr(kernels, family)(*arrays)[0].astype(mx.float32).sum()
+        return sequence(family, *arrays)[0].astype(mx.float32).sum()
 
     with metal.counters() as c:
         mx.eval(mx.grad(loss, argnums=(0, 1, 2, 3))(*arrays))
-    launches, traffic = {"linear": (3, 6.3), "hla2": (6, 13), "ahla": (6, 13), "hla3": (9, 19)}[family]
+    launches, traffic = {"first": (3, 6.3), "hla2": (6, 13), "ahla": (6, 13), "hla3": (9, 19)}[family]
     assert c.launches <= launches
     assert moved(c) <= traffic * 4 * T * H * D * 2

@@ -6,8 +6,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import assert_close, normal, to_numpy
-from kernel_problems import THREADS, Case, KernelProblem, needs_standin, same_bits, use_schedule
-from ops_reference import leaves
+from kernel_problems import (
+    PLAIN,
+    THREADS,
+    Case,
+    KernelProblem,
+    needs_standin,
+    same_bits,
+    through_steps,
+    use_schedule,
+)
+from ops_reference import function, leaves
 from standin import metal
 
 from mlx_hla import kernels
@@ -15,7 +24,7 @@ from mlx_hla import reference as R
 from mlx_hla.kernels.plan import LAUNCH_WORK, MIN_BLOCK, segments
 
 pytestmark = needs_standin
-each_family = pytest.mark.parametrize("op", ["first", "hla2", "ahla", "hla3"])
+each_family = pytest.mark.parametrize("op", PLAIN)
 both_schedules = pytest.mark.parametrize("schedule", ["walk", "blocks"])
 CASE = Case(T=70, B=2, Hq=4, Hkv=2, D=16, V=16, decay="gates", carried=True)
 
@@ -99,7 +108,7 @@ def test_tiny_decays_one_by_one(monkeypatch, op, schedule):
     problem = KernelProblem(op, Case(**(vars(CASE) | {"T": 101, "decay": "extreme"})))
     given = problem.given()
     got = to_numpy(problem.all_gradients(given)["decay"])
-    want = problem.wanted(given)["decay"]
+    want = problem.in_float64(given)["decay"]
     tiny = problem.numbers["decay"] < 1e-6
     assert tiny.sum() >= 12
     for index in np.argwhere(tiny):
@@ -139,6 +148,99 @@ def test_a_zero_decay_forgets_exactly(monkeypatch, op, schedule, cut):
         assert np.abs(to_numpy(before)).max() <= 1e-20 * max(1.0, np.abs(to_numpy(d)).max()), name
 
 
+@both_schedules
+@each_family
+def test_a_zero_decay_lets_nothing_enormous_through(monkeypatch, op, schedule):
+    """A zero is a zero: taken for 1e-30, it would leave 2^100 times a value as large as one."""
+    metal.install(monkeypatch)
+    use_schedule(monkeypatch, schedule)
+    problem = KernelProblem(op, CASE)
+    cut, time = 19, mx.arange(70)
+    arrays = dict(problem.arrays)
+    arrays["decay"] = mx.where((time == cut)[None, :, None], 0.0, arrays["decay"])
+    factor = mx.where((time < cut)[None, :, None, None], 2.0**100, 1.0)
+
+    def outcome(v):
+        def after(*args):
+            return [problem.call(*args)[0][:, cut:]]
+
+        primals = list((arrays | {"v": v}).values())
+        o, grads = mx.vjp(after, primals, [mx.ones((2, 70 - cut, 4, 16))])
+        return o[0], dict(zip(arrays, grads, strict=True))
+
+    (want_o, want), (o, got) = outcome(arrays["v"]), outcome(arrays["v"] * factor)
+    assert_close("o", o, want_o, 1e-6)
+    for name in "qkv":
+        assert not to_numpy(got[name][:, :cut]).any(), name
+        assert_close(f"d{name}", got[name], want[name], 1e-6)
+
+
+def check_nan_decay(problem, at):
+    """A NaN in one decay, of the first sequence and the last key-value head: it goes where exact arithmetic
+    takes it, and nowhere else."""
+    given = problem.given()
+    before = everything(problem, given=given)
+    T, heads = problem.case.T, slice(problem.case.Hq // 2, None)
+    time, head = mx.arange(T)[None, :, None], mx.arange(2)
+    hit = (time == at) & (head == 1) & (mx.arange(2)[:, None, None] == 0)
+    problem.arrays["decay"] = mx.where(hit, float("nan"), problem.arrays["decay"])
+    problem.numbers["decay"] = to_numpy(problem.arrays["decay"])
+    after = everything(problem, given=given)
+    o = to_numpy(after[0])
+    assert np.isnan(o[0, at:, heads]).all()
+    assert np.isfinite(o[0, : at // 32 * 32, heads]).all()  # a chunk's products take it to tokens before
+
+    results = len(given)
+    names = ["o", *leaves(problem.shape), *(f"d{name}" for name in problem.arrays)]
+    wanted = problem.in_float64(given)
+    for i, (name, x, y) in enumerate(zip(names, before, after, strict=True)):
+        got, old = to_numpy(y), to_numpy(x)
+        if i >= results:  # in float64 too, NaN where the decay is one's factor or one's partner
+            want = np.isnan(wanted[name.removeprefix("d")])
+            assert want.any() or at == 0, name
+            assert np.isnan(got[want]).all(), f"{name}: {(want & ~np.isnan(got)).sum()} are finite"
+        axis = 2 if i == 0 or name in ("dq", "dk", "dv", "ddecay") else 1
+        mine = np.arange(got.shape[axis]) >= got.shape[axis] // 2
+        mine = mine.reshape([-1 if a == axis else 1 for a in range(got.ndim)])
+        mine = np.broadcast_to(mine & (np.arange(2) == 0).reshape(-1, *[1] * (got.ndim - 1)), got.shape)
+        assert np.array_equal(got[~mine], old[~mine]), f"{name} of another head has changed"
+        if 0 < i < results:
+            assert np.isnan(got[mine]).all(), f"the state {name} is finite"
+
+
+@pytest.mark.parametrize("at", [0, 19, 32, 69])
+@both_schedules
+@each_family
+def test_a_nan_decay_is_not_taken_for_zero(monkeypatch, op, schedule, at):
+    metal.install(monkeypatch)
+    use_schedule(monkeypatch, schedule)
+    check_nan_decay(KernelProblem(op, CASE), at)
+
+
+@pytest.mark.parametrize(
+    ("op", "packed"),
+    [("first", False), ("hla2", False), ("hla2", True), ("ahla", False), ("hla3", False), ("hla3", True)],
+)
+def test_a_nan_decay_in_steps(monkeypatch, op, packed):
+    metal.install(monkeypatch)
+    case = Case(**(vars(CASE) | {"T": 4, "carried": not packed}))
+    check_nan_decay(KernelProblem(op, case, make=lambda op: through_steps(op, packed)), 1)
+
+
+@each_family
+def test_a_nan_decay_in_a_normalised_step(monkeypatch, op):
+    metal.install(monkeypatch)
+    q, k, v = (mx.array(abs(normal(i, 2, h, 16)), mx.float32) for i, h in ((0, 4), (1, 2), (2, 2)))
+    step = function(op, step=True)
+    _, state = step(q, k, v, None, normalize=True, backend="metal")
+    decay = mx.array([[1.0, float("nan")], [1.0, 1.0]])
+    o, state = step(q, k, v, state, decay=decay, normalize=True, backend="metal")
+    for name, x in {"o": o, **leaves(state)}.items():
+        heads = np.isnan(to_numpy(x)).reshape(4, -1)  # of two sequences, before and after the half
+        assert heads[1].all(), name
+        assert not heads[[0, 2, 3]].any(), name
+
+
 @each_family
 def test_everything_masked(monkeypatch, op):
     metal.install(monkeypatch)
@@ -165,7 +267,7 @@ def test_gradients_through_one_result(monkeypatch, op):
     for i, d in enumerate(given):
         _, got = mx.vjp(lambda *a, i=i: [problem.flat()(*a)[i]], arrays, [d])
         zeros = [d if j == i else mx.zeros_like(x) for j, x in enumerate(given)]
-        want = problem.wanted(zeros)
+        want = problem.in_float64(zeros)
         for name, x in zip(problem.arrays, got, strict=True):
             assert_close(f"d{name} through result {i}", x, want[name], problem.tolerance(True, x))
 
@@ -249,7 +351,7 @@ def test_general_operands(monkeypatch, kind, schedule):
     first = mx.array(normal(4, B, S, DY, DZ), mx.float32)
 
     def run(*args):
-        o, (P,) = kernels.linear(*args[:4], (args[4],), scale=0.6, power=power, dtype=mx.float32)
+        o, P = kernels.linear(*args, scale=0.6, power=power, dtype=mx.float32)
         return [o, P]
 
     do, dP = mx.array(normal(5, B, T, most, DZ), mx.float32), mx.array(normal(6, B, S, DY, DZ), mx.float32)

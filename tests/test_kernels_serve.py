@@ -7,52 +7,58 @@ import sys
 import mlx.core as mx
 import pytest
 from conftest import assert_close
-from kernel_problems import Case, KernelProblem, needs_standin, same_bits
+from kernel_problems import Case, KernelProblem, each_family, needs_standin, same_bits, through_steps
 from standin import metal
 
 from mlx_hla import kernels
 from mlx_hla.kernels import plan, source
-
-each_family = pytest.mark.parametrize("op", ["first", "hla2", "ahla", "hla3"])
+from mlx_hla.kernels.serve import STEPS
 
 
 def call(q=(1, 9, 4, 64), k=(1, 9, 2, 64), v=(1, 9, 2, 64), dtypes=(mx.float16,) * 3):
     return [mx.zeros(shape, dtype) for shape, dtype in zip((q, k, v), dtypes, strict=True)]
 
 
-@pytest.mark.parametrize("family", ["linear", "hla2", "ahla", "hla3"])
-def test_served(family):
+def test_served():
     for D in (8, 16, 24, 32, 40, 64, 96, 128):
         for DV in (8, 64, 128):
             arrays = call((1, 9, 4, D), (1, 9, 2, D), (1, 9, 2, DV))
-            assert kernels.why_not(family, *arrays) is None
-            assert kernels.why_not(family, *arrays, normalize=True) is None
-            assert kernels.prefers(family, *arrays)
+            assert kernels.why_not(*arrays) is None
+            assert kernels.worthwhile(D, DV, mx.bfloat16)
     for dtype in (mx.float16, mx.bfloat16, mx.float32):
-        assert kernels.why_not(family, *call(dtypes=(dtype,) * 3)) is None
-    assert kernels.why_not(family, *call((1, 32, 64), (1, 2, 64), (1, 2, 64))) is None
+        assert kernels.why_not(*call(dtypes=(dtype,) * 3)) is None
+    assert kernels.why_not(*call((1, 32, 64), (1, 2, 64), (1, 2, 64))) is None
+    assert [kernels.steps(f, 16) for f in ("linear", "hla2", "ahla", "hla3", None)] == [True] * 4 + [False]
+    assert not kernels.steps("hla2", 17)
 
 
 @pytest.mark.parametrize(
-    ("family", "arrays", "words"),
+    ("arrays", "words"),
     [
-        ("hla4", {}, "there is no kernel for hla4, only for linear, hla2, ahla, hla3"),
-        ("hla2", {"dtypes": (mx.float16, mx.float16, mx.float32)},
+        ({"dtypes": (mx.float16, mx.float16, mx.float32)},
          "q, k and v must share one of float16, bfloat16, float32; they are .*float16, .*float16, .*float32"),
-        ("hla2", {"dtypes": (mx.int32,) * 3}, "q, k and v must share one of .* they are .*int32"),
-        ("hla2", {"q": (1, 9, 4, 12), "k": (1, 9, 2, 12)}, "multiples of 8 up to 128; they are 12 and 64"),
-        ("hla2", {"q": (1, 9, 4, 136), "k": (1, 9, 2, 136)}, "multiples of 8 up to 128; they are 136 and 64"),
-        ("ahla", {"v": (1, 9, 2, 4)}, "multiples of 8 up to 128; they are 64 and 4"),
-        ("ahla", {"v": (1, 9, 2, 256)}, "multiples of 8 up to 128; they are 64 and 256"),
-        ("hla3", {"q": (1, 34, 64), "k": (1, 2, 64), "v": (1, 2, 64)},
-         "a step serves at most 16 query heads per key-value head, here 17"),
+        ({"dtypes": (mx.int32,) * 3}, "q, k and v must share one of .* they are .*int32"),
+        ({"q": (1, 9, 4, 12), "k": (1, 9, 2, 12)}, "multiples of 8 up to 128; they are 12 and 64"),
+        ({"q": (1, 9, 4, 136), "k": (1, 9, 2, 136)}, "multiples of 8 up to 128; they are 136 and 64"),
+        ({"v": (1, 9, 2, 4)}, "multiples of 8 up to 128; they are 64 and 4"),
+        ({"v": (1, 9, 2, 256)}, "multiples of 8 up to 128; they are 64 and 256"),
     ],
 )  # fmt: skip
-def test_why_not(family, arrays, words):
-    reason = kernels.why_not(family, *call(**arrays))
+def test_why_not(arrays, words):
+    reason = kernels.why_not(*call(**arrays))
     assert reason is not None
     assert re.search(words, reason)
-    assert not kernels.prefers(family, *call(**arrays))
+
+
+@needs_standin
+def test_a_step_of_many_query_heads_is_a_sequence_of_one(monkeypatch):
+    """17 query heads to a key-value head are more than a step's kernel keeps sums for."""
+    metal.install(monkeypatch)
+    problem = KernelProblem("hla2", Case(T=2, B=1, Hq=17, Hkv=1, D=8, V=8, decay="gates"), make=through_steps)
+    with metal.counters() as c:
+        mx.eval(problem.run())
+    assert set(c.kernels) == {"hla_hla2_walk"}
+    problem.check()
 
 
 def test_availability_is_the_default_device():
@@ -101,11 +107,11 @@ def test_every_kernel_is_described():
             names.append(name)
             assert kernel.inputs
             assert kernel.outputs
-            assert kernel.header.count("METAL_FUNC void sync_threadgroup") == 1
+            assert kernel.header.count("FUNC void sync_threadgroup") == 1
             assert "//#" not in kernel.body
     assert len(names) == len(set(names))
     assert {"linear_sums", "linear_scan", "linear_out", "hla2_walk", "hla2_middle"} <= set(names)
-    assert {f"{family}_step" for family in ("linear", "hla2", "ahla", "hla3")} <= set(names)
+    assert {f"{family}_step" for family in STEPS} <= set(names)
 
 
 @needs_standin
@@ -138,14 +144,14 @@ def test_compiled_calls_are_refused_in_words(monkeypatch, op):
 def test_chunks_fit_the_threadgroup():
     for dtype in (mx.float16, mx.bfloat16, mx.float32):
         for D in range(8, plan.MAX_DIM + 2):
-            assert plan.chunk_width([(D, dtype), (D, mx.float32)]) in (16, 32)
+            assert plan.staged_width([(D, dtype), (D, mx.float32)]) in (16, 32)
             if plan.fused(D):
                 assert plan.wide_chunk(D, dtype) in (16, 32)
 
 
 def test_no_chunk_fits_in_words():
     with pytest.raises(ValueError, match="no chunk width fits"):
-        plan.chunk_width([(512, mx.float32), (512, mx.float32)])
+        plan.staged_width([(512, mx.float32), (512, mx.float32)])
 
 
 def test_blocks():

@@ -4,12 +4,21 @@ Every case runs under three thread schedules, which must agree to the bit.
 """
 
 import pytest
-from kernel_problems import FAMILIES, Case, KernelProblem, each_family, needs_standin, use_schedule
+from kernel_problems import (
+    PLAIN,
+    Case,
+    KernelProblem,
+    each_composed,
+    each_family,
+    needs_standin,
+    through_steps,
+    use_schedule,
+)
 from ops_reference import each_case
 from standin import metal
 
 pytestmark = needs_standin
-plain_families = pytest.mark.parametrize("op", [op for op in FAMILIES if op != "hla2-ridge"])
+plain_families = pytest.mark.parametrize("op", PLAIN)
 both_schedules = pytest.mark.parametrize("schedule", ["walk", "blocks"])
 
 # One chunk is 32 tokens: lengths of one token, less than a chunk, around its multiples.
@@ -82,6 +91,31 @@ def test_half_precision(monkeypatch, op, case, schedule):
     metal.install(monkeypatch)
     use_schedule(monkeypatch, schedule)
     KernelProblem(op, case).check()
+
+
+# What operators without a kernel of their own ask of the passes: no more than their composition is new.
+COMPOSED_CASES = [
+    Case(T=1, Hq=2, Hkv=1, D=8, V=8, decay="gates", carried=True),
+    Case(T=45, B=1, D=16, V=8, Hq=4, Hkv=2, decay="extreme", carried=True, scale=0.4),
+    Case(T=70, D=8, V=16, mask="holes", segments=True, normalize=True, decay="gates", Hq=4, Hkv=2),
+    Case(T=40, B=1, D=16, V=16, dtype="bf16", decay="gates", carried=True, Hq=2, Hkv=1),
+    Case(T=40, B=1, D=16, V=16, dtype="f16", normalize=True, mask="left", Hq=2, Hkv=1),
+]
+
+
+@each_case(*COMPOSED_CASES)
+@each_composed
+def test_passes_of_other_operators(monkeypatch, op, case):
+    metal.install(monkeypatch)
+    use_schedule(monkeypatch, "blocks")
+    KernelProblem(op, case).check()
+
+
+@each_composed
+def test_steps_of_other_operators(monkeypatch, op):
+    metal.install(monkeypatch)
+    case = Case(T=3, B=1, D=16, V=8, Hq=4, Hkv=2, decay="gates", carried=True)
+    KernelProblem(op, case, make=through_steps).check()
 
 
 @each_family

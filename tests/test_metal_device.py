@@ -6,6 +6,7 @@ from conftest import assert_close
 
 from mlx_hla import kernels, selftest
 from mlx_hla.kernels import plan
+from mlx_hla.ops.operator import choices
 
 pytestmark = [
     pytest.mark.metal,
@@ -16,7 +17,7 @@ pytestmark = [
 
 CASES = tuple(selftest.all_cases())
 KERNELS = list(dict.fromkeys((c.family, c.kind) for c in CASES))
-each_family = pytest.mark.parametrize("family", selftest.FAMILIES)
+each_family = pytest.mark.parametrize("family", choices())
 
 
 @pytest.mark.parametrize(("family", "kind"), KERNELS, ids=["-".join(k) for k in KERNELS])
@@ -29,7 +30,7 @@ def test_selftest(family, kind):
 def problem(family, shape, kind="forward", dtype="float32"):
     case = selftest.Case(family, kind, dtype, shape)
     arrays, given = selftest.inputs(case)
-    return selftest.through_kernels(case), arrays, given
+    return selftest.through(case, "metal"), arrays, given
 
 
 def same(a, b):

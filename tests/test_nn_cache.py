@@ -11,8 +11,9 @@ from nn_reference import assert_close
 
 from mlx_hla.nn import HLACache, HLAttention, ShortConv
 from mlx_hla.nn.cache import KVCache
+from mlx_hla.ops.operator import choices
 
-OPERATORS = ["first", "hla2", "ahla", "hla3", 5]
+OPERATORS = [*choices(), 5]
 OPTIONS = {
     "default": {},
     "gqa-rope": {"num_kv_heads": 2, "rope": True, "output_gate": True, "bias": True},
@@ -44,6 +45,11 @@ def stream(attention, x, cuts, cache=None, **arguments):
     return mx.concatenate(pieces, axis=1), cache
 
 
+def tolerance(operator, options):
+    """A signed denominator may come near zero, and so may readout's q̃ = q − S q / n before its norm."""
+    return (1e-3 if options.get("normalize") else 1e-5) * (20 if operator == "readout" else 1)
+
+
 def assert_same_cache(got, want, tol=1e-5):
     got, want = dict(tree_flatten(got.state)), dict(tree_flatten(want.state))
     assert got.keys() == want.keys()
@@ -62,8 +68,7 @@ def test_prefill_and_decode_equal_the_full_forward(operator, options):
     assert_close("with an empty cache", attention(x, cache=whole), full, 1e-6)
     # A first piece shorter than the filter, one token, long ones, then token by token.
     y, cache = stream(attention, x, [1, 3, 4, 70, *range(75, 90)])
-    tol = 1e-3 if options.get("normalize") else 1e-5  # its signed denominator may come near zero
-    assert_close("y", y, full, tol)
+    assert_close("y", y, full, tolerance(operator, options))
     assert_same_cache(cache, whole)
 
 
@@ -182,7 +187,7 @@ def test_masked_tokens_do_not_exist(operator, options, mask):
     assert np.all(np.asarray(y)[~mask] == 0)
     assert np.all(np.asarray(z)[~later_mask] == 0)
     assert np.all(np.asarray(w)[1] == 0)
-    tol = 1e-3 if options.get("normalize") else 1e-5
+    tol = tolerance(operator, options)
     for b in range(3):
         alone = attention.make_cache()
         picked = [(real, mask), (later, later_mask), (later[:, :1], np.array([[True], [False], [True]]))]
@@ -208,8 +213,7 @@ def test_packed_documents_equal_each_alone(operator, options):
     x = mx.random.normal((1, sum(lengths), 16))
     cache = attention.make_cache()
     y = attention(x, segment_ids=mx.array(ids)[None], cache=cache)
-    ends = np.cumsum(lengths)
-    tol = 1e-3 if options.get("normalize") else 1e-5
+    ends, tol = np.cumsum(lengths), tolerance(operator, options)
     for start, end in zip(ends - lengths, ends, strict=True):
         alone = attention.make_cache()
         assert_close(f"document at {start}", y[:, start:end], attention(x[:, start:end], cache=alone), tol)

@@ -8,8 +8,9 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from nn_reference import assert_close, layer, parameters
 
 from mlx_hla.nn import DecayGate, HLAttention, ShortConv, fixed_decay, spread_memories
+from mlx_hla.ops.operator import choices
 
-OPERATORS = ["first", "hla2", "ahla", "hla3", 4]
+OPERATORS = [*choices(), 4]
 OPTIONS = {
     "default": {},
     "gqa-rope-gated": {

@@ -83,7 +83,14 @@ CALLS = {
         {"segment_ids": mx.zeros((2, 8))},
         "segment_ids must be integers, got mlx.core.float32",
     ),
+    "scale-huge": ({"scale": 10**400}, "scale must be a finite number, got 1000"),
+    "normalize-string": ({"normalize": "false"}, "normalize must be True or False, got 'false'"),
     "backend": ({"backend": "cuda"}, "backend must be None, 'mlx' or 'metal', got 'cuda'"),
+    "backend-array": ({"backend": mx.array(1)}, "backend must be None, 'mlx' or 'metal', got array(1"),
+    "state-numpy": (
+        {"initial_state": mlx_hla.HLA2State(np.zeros((2, 2, 6, 6)), VALUE)},
+        "state.S must be float32 [2, 2, 6, 6], got array([[[[0., 0., 0., 0., 0., 0.], [0.",
+    ),
 }
 
 
@@ -104,7 +111,20 @@ def test_every_operator_names_itself(op, case):
     change, message = CALLS[case]
     given = RIGHT | change
     qkv = [given.pop(name) for name in "qkv"]
-    refuses(OPERATORS[op][0], message, lambda: function(op)(*qkv, **given))
+    refuses(OPERATORS[op].name, message, lambda: function(op)(*qkv, **given))
+
+
+@pytest.mark.parametrize("name", ["sclae", "own", "operator", "state"])
+@pytest.mark.parametrize("step", [False, True], ids=["sequence", "step"])
+@each_operator
+def test_an_unknown_option_is_refused_by_the_function_that_was_called(op, step, name):
+    given = [x[:, 0] for x in RIGHT.values()] + [None] if step else list(RIGHT.values())
+    who = OPERATORS[op].name + ("_step" if step else "")
+    want = re.escape(f"[{who}] has no option {name!r}; it takes ") + ".*scale, decay, normalize, eps.*backend"
+    if step and name == "state":
+        name, want = "mask", re.escape(f"[{who}] has no option 'mask'; it takes ")
+    with pytest.raises(TypeError, match=want):
+        function(op, step=step)(*given, **{name: 1.0})
 
 
 STEPS = {
@@ -129,14 +149,14 @@ def test_steps(op, case):
     def call():
         return function(op, step=True)(given.pop("q"), given.pop("k"), given.pop("v"), None, **given)
 
-    refuses(OPERATORS[op][0] + "_step", message, call)
+    refuses(OPERATORS[op].name + "_step", message, call)
 
 
 @pytest.mark.parametrize("step", [False, True], ids=["sequence", "step"])
 @each_operator
 def test_states(op, step):
     """A state of another operator, batch, dtype or use is not taken."""
-    name = OPERATORS[op][0] + ("_step" if step else "")
+    name = OPERATORS[op].name + ("_step" if step else "")
     given = [x[:, 0] for x in RIGHT.values()] if step else list(RIGHT.values())
     plain, ratio = (Problem(op, Case(T=1, B=B, Hq=HQ, Hkv=HKV, D=D, V=V, normalize=n)) for n in (0, 1))
     arrays = {n: mx.zeros(x.shape) for n, x in leaves(plain.shape).items()}
@@ -200,8 +220,13 @@ def test_options_of_one_operator():
         "convention must be 'exact' or 'paper', got 'exakt'",
         lambda: mlx_hla.hla3(Q, K, VALUE, convention="exakt"),
     )
-    with pytest.raises(TypeError, match="masked"):
-        mlx_hla.hla(Q, K, VALUE, order=4, masked=False)
+    message = "masked must be left out: it is an argument of orders 2 and 3, got order 4"
+    refuses("hla", message, lambda: mlx_hla.hla(Q, K, VALUE, order=4, masked=False))
+    message = "convention 'paper' is Algorithm 3, which needs masked=True, got masked=False"
+    refuses("hla3", message, lambda: mlx_hla.hla3(Q, K, VALUE, masked=False, convention="paper"))
+    message = "masked must be True or False, got 'false'"
+    refuses("hla2", message, lambda: mlx_hla.hla2(Q, K, VALUE, masked="false"))
+    refuses("hla3", message, lambda: mlx_hla.hla3(Q, K, VALUE, masked="false"))
 
 
 def test_metal_is_never_a_silent_choice():

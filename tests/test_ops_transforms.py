@@ -7,9 +7,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import assert_close, to_numpy
-from ops_reference import Case, Problem, each_operator, function, leaves, mlx_state, tiny_chunks
+from ops_reference import Case, Problem, each_operator, function, leaves, tiny_chunks
 
 from mlx_hla.ops import primitive
+from mlx_hla.ops.operator import choices
 
 GATED = Case(T=20, decay="gates", carried=True)
 COMPILED = Case(T=70, B=1, Hq=2, Hkv=1, decay="heads")
@@ -83,10 +84,10 @@ def test_vmap_over_some_arguments(op, monkeypatch):
     """q mapped along its last axis but one, v along its first; k and the decay are shared."""
     tiny_chunks(monkeypatch)
     problems = [Problem(op, Case(T=20, decay="gates"), seed) for seed in range(3)]
-    (q, _, v, _), (_, k, _, g) = stacked(problems), problems[0].arrays.values()
+    (q, _, v, *_), (_, k, _, *rest) = stacked(problems), problems[0].arrays.values()
     f = outputs(problems[0])
-    got = mx.vmap(f, in_axes=(3, None, 0, None))(mx.moveaxis(q, 0, 3), k, v, g)
-    want = [mx.stack(x) for x in zip(*(f(a, k, b, g) for a, b in zip(q, v, strict=True)), strict=True)]
+    got = mx.vmap(f, in_axes=(3, None, 0, *[None] * len(rest)))(mx.moveaxis(q, 0, 3), k, v, *rest)
+    want = [mx.stack(x) for x in zip(*(f(a, k, b, *rest) for a, b in zip(q, v, strict=True)), strict=True)]
     assert_same(op, got, want, 1e-6)
 
 
@@ -111,8 +112,10 @@ def test_vmap_with_masks_and_segments(op, monkeypatch):
 def test_vmap_of_a_step(op):
     problems = [Problem(op, Case(T=1, carried=True), seed) for seed in range(3)]
 
-    def f(q, k, v, *start):
-        o, state = function(op, step=True)(q[:, 0], k[:, 0], v[:, 0], mlx_state(problems[0].shape, start))
+    def f(*arrays):
+        named = dict(zip(problems[0].arrays, arrays, strict=True))
+        token, own = problems[0].at(0, named)
+        o, state = function(op, step=True)(*token, problems[0].start(named), **own)
         return [o, *leaves(state).values()]
 
     want = [mx.stack(x) for x in zip(*(f(*p.arrays.values()) for p in problems), strict=True)]
@@ -170,12 +173,13 @@ def counting(f, **options):
 mx.compile = counting
 import mlx_hla
 from mlx_hla import devices
-from mlx_hla.ops import passes, primitive, scan
-for module in (devices, passes, primitive, scan):
+from mlx_hla.ops.operator import choices, find
+from mlx_hla.ops import places, primitive, scan
+for module in (devices, places, primitive, scan):
     module.on_gpu = lambda: True
 def trace(T):  # builds the graph, computes nothing
     q, k, v, g = (mx.zeros(s, t) for s, t in [((1, T, 2, 8), mx.bfloat16)] * 3 + [((1, T, 2), mx.float32)])
-    for f in (mlx_hla.linear_attention, mlx_hla.hla2, mlx_hla.ahla, mlx_hla.hla3):
+    for f in (getattr(mlx_hla, find(name).name) for name in choices()):
         f(q, k, v, decay=g, backend="mlx")
         f(q, k, v, backend="mlx")
 for k in range(7, 18):  # every power of two of chunks in a group, and more than one group
@@ -221,7 +225,7 @@ def peak(op, T, D, decayed):
 
 
 @pytest.mark.parametrize("decayed", [False, True], ids=["plain", "decay"])
-@pytest.mark.parametrize("op", ["first", "hla2", "ahla", "hla3"])
+@pytest.mark.parametrize("op", choices())
 def test_memory_grows_with_the_length(op, decayed):
     """Linear in T, and no T×D×D tensor anywhere: one would be D = 128 times q."""
     sizes = [peak(op, T, 128, decayed) for T in (1024, 2048, 4096)]

@@ -124,6 +124,19 @@ def test_threadgroup_declarations_and_structs():
     np.testing.assert_allclose(got, 7 * X + 2, rtol=1e-5, atol=1e-5)
 
 
+def test_a_word_of_ones_own_for_threadgroup():
+    """A source may define one; its arrays are watched like any others."""
+    header = "#define SHARED threadgroup\nstatic float first(SHARED const float* p) { return p[0]; }"
+    body = "SHARED float a[2], b; a[0] = a[1] = b = 3; y[0] = first({});"
+    options = {"header": header, "shape": (1,), "grid": 1, "threadgroup": 1}
+    assert run(body.format("a"), **options) == 3
+    with metal.counters() as c:
+        assert run(body.format("&b"), **options) == 3
+    assert c.threadgroup_bytes == 12
+    with pytest.raises(metal.MetalError, match="out of the bounds"):
+        run(body.format("a + 3"), **options)
+
+
 def test_a_narrower_view_of_a_threadgroup_array():
     got = run("""threadgroup float S[64]; threadgroup half* h = (threadgroup half*)S;
         uint t = thread_index_in_threadgroup; S[t] = 0; threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -1,4 +1,6 @@
-"""Launches of metal/step.metal: one token of every operator, one launch for a layer."""
+"""Launches of metal/step.metal: one token of an operator, one launch for a layer."""
+
+# B batch, Hq query heads, Hkv key-value heads, D key dim, DV value dim
 
 from __future__ import annotations
 
@@ -7,48 +9,50 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
+from .passes import floats
 from .plan import step_simdgroups
 from .source import kernel
-
-SYMMETRIC = ("hla2", "hla3")  # families whose state begins with the symmetric S
 
 
 def step(
     family: str,
-    q,
-    k,
-    v,
-    g,
-    state: tuple[mx.array, ...],
-    factors: mx.array,
-    packed: bool = False,
-    normalising: bool = False,
-) -> tuple[mx.array, tuple[mx.array, ...]]:
-    """(o `[B, Hq, DV]`, new state) of `family` from q `[B, Hq, D]`, k and v `[B, Hkv, ..]`, g `[B, Hkv]`.
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array,
+    matrices: list[mx.array],
+    vectors: list[mx.array],
+    *,
+    scale: float,
+    ridge: float = 0.0,
+    eps: float = 0.0,
+    packed: bool | None = None,
+) -> tuple[mx.array, list[mx.array], list[mx.array]]:
+    """(o `[B, Hq, DV]`, matrices, vectors) of the kernel `<family>_step`.
 
-    packed: S comes and goes as `pack(S)`. normalising: the state goes on with its normalisers.
-    factors: scale, ridge, eps.
+    q `[B, Hq, D]`, k and v `[B, Hkv, ..]`, g `[B, Hkv]`.
+    matrices: the state's, in its order. vectors: their normalisers, none unless normalising; then
+    o = num / (den + eps). packed: whether S comes and goes as `pack(S)`; None for a family without an S.
     """
     (B, Hq, D), Hkv, DV = q.shape, k.shape[1], v.shape[2]
     groups = Hq // Hkv
     simdgroups = step_simdgroups(D, DV, groups)
     template = [("T", q.dtype), ("D", D), ("DV", DV), ("G", groups), ("NS", simdgroups)]
-    if family in SYMMETRIC:
+    if packed is not None:
         template.append(("PACKED", packed))
     if packed:
-        state = (state[0][:, :, None], *state[1:])  # the kernel takes four axes of every state
-    matrices = {"linear": 1, "hla2": 2, "ahla": 2, "hla3": 3}[family]
-    o, *new = kernel("step", f"{family}_step", normalising)(
-        inputs=[q, k, v, g, *state[:matrices], factors, *state[matrices:]],
+        matrices = [matrices[0][:, :, None], *matrices[1:]]  # the kernel takes four axes of every state
+    o, *new = kernel("step", f"{family}_step", bool(vectors))(
+        inputs=[q, k, v, g, *matrices, floats(scale, ridge, eps), *vectors],
         template=template,
-        output_shapes=[(B, Hq, DV), *(x.shape for x in state)],
-        output_dtypes=[q.dtype, *(mx.float32 for _ in state)],
+        output_shapes=[(B, Hq, DV), *(x.shape for x in (*matrices, *vectors))],
+        output_dtypes=[q.dtype, *(mx.float32 for _ in (*matrices, *vectors))],
         grid=(32 * simdgroups * B * Hkv, 1, 1),
         threadgroup=(32 * simdgroups, 1, 1),
     )
     if packed:
         new[0] = new[0].squeeze(2)
-    return o, tuple(new)
+    return o, new[: len(matrices)], new[len(matrices) :]
 
 
 # ---- the upper triangle of a symmetric S, row by row

@@ -4,12 +4,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import mlx.core as mx
 
-from .plan import STRIPE, Blocks, back_shape, blocks, ceil_div, chunk_width
+from .plan import STRIPE, TINY, Back, Blocks, back_shape, blocks, ceil_div, staged_width
 from .source import kernel
-
-TINY = 1e-30  # stands for a decay of 0 where its gradient divides by it
 
 
 def floats(*values: float) -> mx.array:
@@ -28,8 +28,10 @@ def stripes(dim: int, stripe: int = STRIPE) -> int:
 def block_sums(y, z, g, cut: Blocks, factors, back: bool) -> tuple[mx.array, mx.array]:
     """What each block adds to the state, or to its adjoint, `[B, S, N - 1, DY, DZ]`, and its log decay.
 
-    The block that the walk comes to last is left out: nobody enters a block after it.
+    z None: it is y, which is read once. The block that the walk comes to last is left out: nobody enters a
+    block after it.
     """
+    same, z = z is None, y if z is None else z
     B, DY, DZ, S = y.shape[0], y.shape[3], z.shape[3], max(y.shape[2], z.shape[2])
     N, threads = cut.count - 1, 32 * stripes(DZ)
     return kernel("linear", "linear_sums")(
@@ -38,10 +40,10 @@ def block_sums(y, z, g, cut: Blocks, factors, back: bool) -> tuple[mx.array, mx.
             ("TY", y.dtype),
             ("DY", DY),
             ("DZ", DZ),
-            ("W", chunk_width([(DY, y.dtype)])),
+            ("W", staged_width([(DY, y.dtype)])),
             ("NC", STRIPE),
             ("BACK", back),
-            ("SAME", y is z),
+            ("SAME", same),
         ],
         output_shapes=[(B, S, N, DY, DZ), (B, S, N, 2)],
         output_dtypes=[mx.float32, mx.float32],
@@ -67,6 +69,7 @@ def border_states(sums, logs, first, factors, back: bool) -> mx.array:
 
 def outputs(x, y, z, g, entry, cut: Blocks, factors, dtype) -> tuple[mx.array, mx.array]:
     """(o `[B, T, O, DZ]`, state after the walk `[B, S, DY, DZ]`) of one pass from its entry states."""
+    z = y if z is None else z
     B, T, X, DY = x.shape
     DZ, S = z.shape[3], entry.shape[1]
     heads, threads = max(X, S), 32 * stripes(DZ)
@@ -78,7 +81,7 @@ def outputs(x, y, z, g, entry, cut: Blocks, factors, dtype) -> tuple[mx.array, m
             ("TO", dtype),
             ("DY", DY),
             ("DZ", DZ),
-            ("W", chunk_width([(DY, x.dtype), (DY, y.dtype)])),
+            ("W", staged_width([(DY, x.dtype), (DY, y.dtype)])),
             ("NC", STRIPE),
         ],
         output_shapes=[(B, T, heads, DZ), (B, S, DY, DZ)],
@@ -95,19 +98,33 @@ def entries(y, z, g, border, cut: Blocks, factors, back: bool = False) -> mx.arr
     return border_states(*block_sums(y, z, g, cut, factors, back), border, factors, back)
 
 
-def cut_of(*operands: mx.array) -> Blocks:
+def cut_of(x: mx.array, y: mx.array, z: mx.array | None) -> Blocks:
     """How a pass over these operands is cut."""
-    return blocks(operands[0].shape[1], operands[0].shape[0] * max(x.shape[2] for x in operands))
+    heads = max(a.shape[2] for a in (x, y, z) if a is not None)
+    return blocks(x.shape[1], x.shape[0] * heads)
 
 
 def walk(x, y, z, g, first, *, power=1, scale=1.0, dtype=None):
-    """One pass: (o `[B, T, O, DZ]`, last state `[B, S, DY, DZ]`, entry states `[B, S, N, DY, DZ]`)."""
+    """One pass: (o `[B, T, O, DZ]`, last state `[B, S, DY, DZ]`, entry states `[B, S, N, DY, DZ]`).
+
+    z None: it is y.
+    """
     cut, factors = cut_of(x, y, z), floats(power, scale)
     entry = entries(y, z, g, first, cut, factors)
     return *outputs(x, y, z, g, entry, cut, factors, dtype or x.dtype), entry
 
 
 # ---- gradients
+
+
+class Gradients(NamedTuple):
+    """Of a pass's x, y, z (None where it is y), g (`[B, T, Hg]`, None where it has none) and first state."""
+
+    x: mx.array
+    y: mx.array
+    z: mx.array | None
+    g: mx.array | None
+    first: mx.array
 
 
 def shared(x: mx.array, heads: int, axis: int = 2) -> mx.array:
@@ -134,6 +151,7 @@ def _part_dtype(x: mx.array, heads: int) -> mx.Dtype:
 
 def back_queries(x, y, z, g, do, entry, plus, cut: Blocks, width: int, factors, decay: bool):
     """(dx + plus `[B, T, O, DY]`, a and S before every chunk of `width` tokens for `back_keys`)."""
+    same, z = z is None, y if z is None else z
     (B, T, heads, DZ), DY, S = do.shape, y.shape[3], entry.shape[1]
     threads = 32 * stripes(DY)
     return kernel("backward", "back_queries")(
@@ -148,7 +166,7 @@ def back_queries(x, y, z, g, do, entry, plus, cut: Blocks, width: int, factors, 
             ("NC", STRIPE),
             ("DECAY", decay),
             ("PLUS", plus is not None),
-            ("SAME", y is z),
+            ("SAME", same),
         ],
         output_shapes=[
             (B, T, heads, DY),
@@ -161,9 +179,10 @@ def back_queries(x, y, z, g, do, entry, plus, cut: Blocks, width: int, factors, 
     )
 
 
-def back_keys(x, y, z, g, do, after, a, borders, cut: Blocks, shape, factors, decay: bool):
-    """(dy, dz or None where y is z, r in parts, gradient of the first state), per head of do."""
-    (B, T, heads, DZ), DY, same = do.shape, y.shape[3], y is z
+def back_keys(x, y, z, g, do, after, a, borders, cut: Blocks, shape: Back, factors, decay: bool):
+    """(dy, dz or None where z is, r in parts, gradient of the first state), per head of do."""
+    same, z = z is None, y if z is None else z
+    (B, T, heads, DZ), DY = do.shape, y.shape[3]
     simdgroups = 2 * ceil_div(ceil_div(max(DY, DZ), 8), shape.stripe * shape.halves)
     dtypes = [_part_dtype(y, heads), _part_dtype(z, heads)]
     threads = 32 * simdgroups
@@ -208,19 +227,17 @@ def back_keys(x, y, z, g, do, after, a, borders, cut: Blocks, shape, factors, de
     return dy, None if same else dz, r, first
 
 
-def gradients(x, y, z, g, entry, do, d_last, *, power=1, scale=1.0, decay=True, plus=None):
-    """Gradients of x (added to `plus`), y, z, g and the first state of one pass, from its entry states.
+def gradients(x, y, z, g, entry, do, d_last, *, power=1, scale=1.0, decay=True, plus=None) -> Gradients:
+    """Gradients of one pass from its entry states, that of x added to `plus`.
 
-    y is z: the gradient of that one array takes the place of y's, and z's is None. g's is `[B, T, Hg]`, None
-    unless `decay`.
+    z None: it is y, and its gradient is part of y's.
     """
     heads, cut, factors = do.shape[2], cut_of(x, y, z), floats(power, scale)
-    shape = back_shape(*((a.shape[3], a.dtype) for a in ((x, y, do) if y is z else (x, y, do, z))))
+    shape = back_shape(*((a.shape[3], a.dtype) for a in (x, y, do, z) if a is not None))
     dx, a, borders = back_queries(x, y, z, g, do, entry, plus, cut, shape.width, factors, decay)
     after = entries(x, do, g, spread(d_last, heads), cut, factors, back=True)
     dy, dz, r, first = back_keys(x, y, z, g, do, after, a, borders, cut, shape, factors, decay)
-    dx, dy, dz = (
-        None if d is None else shared(d, a.shape[2]).astype(a.dtype) for d, a in ((dx, x), (dy, y), (dz, z))
-    )
+    dx, dy = (shared(d, a.shape[2]).astype(a.dtype) for d, a in ((dx, x), (dy, y)))
+    dz = None if z is None else shared(dz, z.shape[2]).astype(z.dtype)
     dg = power * shared(r.flatten(2), g.shape[2]) / mx.maximum(g, TINY) if decay else None
-    return dx, dy, dz, dg, shared(first, entry.shape[1], 1)
+    return Gradients(dx, dy, dz, dg, shared(first, entry.shape[1], 1))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 THREADGROUP_BYTES = 32 * 1024
+SPARE = 256  # bytes of a threadgroup that a step leaves free, for alignment
+TINY = 1e-30  # stands for a decay of 0 where its gradient divides by it
 MAX_DIM = 128
 STRIPE = 2  # fragments of 8 columns that a simdgroup owns
 FILL = 64  # threadgroups that keep a large GPU busy; fewer heads than this are cut into blocks
@@ -30,7 +32,7 @@ class Blocks:
     count: int
 
 
-def chunk_width(staged: list[tuple[int, mx.Dtype]]) -> int:
+def staged_width(staged: list[tuple[int, mx.Dtype]]) -> int:
     """32 tokens to a chunk where the staged tiles (dim, dtype) and the scores fit, else 16."""
     for width in (32, 16):
         scores = 4 * width * (width + 4) + 16 * width
@@ -59,7 +61,7 @@ def fused(width: int) -> int | None:
 
 def wide_chunk(dim: int, dtype: mx.Dtype) -> int:
     """Chunk width of a kernel that stages q, k and a float32 K̃."""
-    return chunk_width([(dim, dtype), (dim, dtype), (dim, mx.float32)])
+    return staged_width([(dim, dtype), (dim, dtype), (dim, mx.float32)])
 
 
 MAX_GROUP = 16  # query heads per key-value head that one step keeps sums for in registers
@@ -74,7 +76,7 @@ def step_bytes(D: int, DV: int, groups: int, simdgroups: int) -> int:
 def step_simdgroups(D: int, DV: int, groups: int) -> int:
     """Simdgroups of a step's threadgroup: four rows of a state each, as far as their sums fit."""
     want = min(16, max(1, D // 4))
-    while want > 1 and step_bytes(D, DV, groups, want) > THREADGROUP_BYTES:
+    while want > 1 and step_bytes(D, DV, groups, want) > THREADGROUP_BYTES - SPARE:
         want -= 1
     return want
 
@@ -145,17 +147,18 @@ def tile_registers(dim: int, stripe: int, states: int, width: int, tiles: int) -
 LAUNCH_WORK = 2**22 * 64 * 64
 
 # Memory: a decay's gradient keeps a float32 state for every chunk of the pass that is gone through. So many
-# bytes at most, for chunks of `MIN_CHUNK` tokens: 131,072 tokens of 16 heads of 64.
+# bytes at most: 131,072 tokens of 16 heads of 64 in chunks of 16.
 KEPT_BYTES = 2**31
 
 
-def segments(heads: int, T: int, D: int, DV: int, decay: bool = False) -> list[slice]:
+def segments(heads: int, T: int, D: int, DV: int, kept_every: int | None = None) -> list[slice]:
     """Stretches of T, each of at most `LAUNCH_WORK` token-heads times D times the larger width.
 
-    decay: its gradient may be wanted, so no stretch may keep more than `KEPT_BYTES`.
+    kept_every: tokens to a chunk of the backward if the decay's gradient may be wanted, so that no stretch
+    may keep more than `KEPT_BYTES`.
     """
     most = LAUNCH_WORK // (heads * D * max(D, DV))
-    if decay:
-        most = min(most, MIN_CHUNK * KEPT_BYTES // (4 * heads * D * max(D, DV)))
+    if kept_every:
+        most = min(most, kept_every * KEPT_BYTES // (4 * heads * D * max(D, DV)))
     most = max(MIN_BLOCK, most // MIN_BLOCK * MIN_BLOCK)
     return [slice(t, min(T, t + most)) for t in range(0, T, most)] if most < T else [slice(None)]

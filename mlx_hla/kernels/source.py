@@ -10,10 +10,19 @@ A file of `metal/` is a header (helpers, contracts) and kernels, each of them
     //# body
     the statements that `mx.fast.metal_kernel` puts into the function it writes
 
+What all of a file's bodies begin with stands once, in its header:
+
+    //# before each body
+    statements
+    //# end
+
+Those of tiles.metal come first in every kernel: they say in a GPU's own words which thread this is.
+
 A kernel that has a `normalising` line comes in a second variant, compiled with HLA_NORMALISING: its inputs
 end in those of that line, and its outputs in the same names with `_new`.
 
-The contract stays out of the body: MLX looks for attribute names and `<input>_shape` in a body's text.
+The contract stays out of the body: MLX looks for attribute names and `<input>_shape` in a body's text, and
+expands no macros first.
 """
 
 from __future__ import annotations
@@ -65,14 +74,22 @@ _KERNEL = re.compile(
     re.M,
 )
 _USES = re.compile(r"^//# uses: ([\w ]+)\n", re.M)
+_BEFORE = re.compile(r"^//# before each body\n(.*?)^//# end\n", re.M | re.S)
+
+
+@cache
+def _parts(file: str) -> tuple[str, str, str]:
+    """A file's own header, the statements that its bodies begin with, and its kernels."""
+    text = (folder() / f"{file}.metal").read_text(encoding="ascii")
+    first = _KERNEL.search(text)
+    end = first.start() if first else len(text)
+    return _BEFORE.sub("", text[:end]), "".join(_BEFORE.findall(text[:end])), text[end:]
 
 
 @cache
 def _header(file: str) -> str:
-    """What stands before a file's first kernel, after the headers that its `//# uses:` line names."""
-    text = (folder() / f"{file}.metal").read_text(encoding="utf-8")
-    first = _KERNEL.search(text)
-    own = text[: first.start()] if first else text
+    """A file's header after those that its `//# uses:` line names."""
+    own = _parts(file)[0]
     uses = _USES.search(own)
     before = "" if file == HELPERS else _header(HELPERS)
     for name in uses.group(1).split() if uses else ():
@@ -83,7 +100,7 @@ def _header(file: str) -> str:
 @cache
 def sources(file: str) -> dict[str, Source]:
     """The kernels of metal/<file>.metal by name."""
-    text = (folder() / f"{file}.metal").read_text(encoding="utf-8")
+    _, before, text = _parts(file)
     found = list(_KERNEL.finditer(text))
     ends = [m.start() for m in found[1:]] + [len(text)]
     return {
@@ -92,7 +109,7 @@ def sources(file: str) -> dict[str, Source]:
             tuple(m["inputs"].split()),
             tuple(m["outputs"].split()),
             _header(file),
-            text[m.end() : end],
+            _parts(HELPERS)[1] + before + text[m.end() : end],
             tuple((m["normalising"] or "").split()),
         )
         for m, end in zip(found, ends, strict=True)

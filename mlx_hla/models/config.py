@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_hla.errors import InputError
+from mlx_hla.ops.operator import MAX_ORDER, choices
 from mlx_hla.settings import check_types, from_dict, option, read_json
 
 # The operators that a config may name.
-OPERATORS = ("softmax", "first", "hla2", "ahla", "hla3")
-MAX_ORDER = 16
+OPERATORS = ("softmax", *choices())
 # Largest value of each size, and of their products: a config is read from files that nobody vouches for.
 LIMITS = {
     "vocab_size": 1 << 20,

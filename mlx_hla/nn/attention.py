@@ -24,17 +24,23 @@ Without the output norm, o is as large as it is.
 # B batch, T time, Hq query heads, Hkv key-value heads, D key dim, Dv value dim, C convolution channels
 
 import copy
+import sys
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_hla.ops import backend as run
+from mlx_hla.ops.operator import Operator
+from mlx_hla.ops.order import operator_of
+
 from .cache import HLACache
 from .conv import ShortConv
 from .gate import DecayGate, fixed_decay
-from .operators import find_operator
+from .inputs import check_array, check_input
 from .padding import packing
 
-_ACTIVATIONS = {"silu": nn.silu, "sigmoid": mx.sigmoid}
+_ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {"silu": nn.silu, "sigmoid": mx.sigmoid}
 _QK_EPS = 1e-6
 _OUT_EPS = 1e-5
 
@@ -48,7 +54,8 @@ class HLAttention(nn.Module):
         num_kv_heads: key-value heads Hkv, dividing Hq; default Hq.
         head_dim: key dim D; default dims // num_heads.
         value_dim: value dim Dv; default D.
-        operator: "first", "hla2", "ahla", "hla3", or an order n ≥ 1.
+        operator: "first", "hla2", "ahla", "hla3", "mixed" or "readout" (these two with their default
+            coefficients), or an order n ≥ 1.
         decay: "gate" (learned, per token and key-value head), "fixed" (constant per key-value head, not
             trained and not saved), both starting at memories of 8 to 512 tokens, or None.
         qk_norm: "rms" (with learned gains), "l2" (unit vectors), or None.
@@ -100,6 +107,8 @@ class HLAttention(nn.Module):
         _check_choice("qk_norm", qk_norm, ("rms", "l2", None))
         _check_choice("output_gate", output_gate, (False, True, "silu", "sigmoid"))
         _check_choice("backend", backend, (None, "mlx", "metal"))
+        for name, flag in {"output_norm": output_norm, "normalize": normalize, "bias": bias}.items():
+            _check_choice(name, flag, (False, True))
         if conv_size and (not isinstance(conv_size, int) or conv_size < 2):
             raise ValueError(
                 f"[HLAttention] conv_size must be None, 0 or an integer of at least 2, got {conv_size!r}"
@@ -107,17 +116,21 @@ class HLAttention(nn.Module):
 
         self.dims, self.num_heads, self.num_kv_heads = dims, num_heads, num_kv_heads
         self.head_dim, self.value_dim = head_dim, value_dim
-        self.decay, self.qk_norm, self.normalize, self.backend = decay, qk_norm, bool(normalize), backend
+        self.decay, self.qk_norm, self.normalize, self.backend = decay, qk_norm, normalize, backend
         self.output_gate = "silu" if output_gate is True else output_gate or None
         self.rope = _rope_base(rope, head_dim)
-        self._operator = find_operator(operator)
+        self._operator = _operator(operator)
         self.scale = 1 / head_dim if qk_norm == "l2" else head_dim**-0.5
+        # Normalised keys have the length √D; an option whose default is made for unit keys follows.
+        length = head_dim**0.5 if qk_norm else 1.0
+        options = self._operator.options
+        self._own = {o.name: o.default * length**o.key_degree for o in options if o.key_degree}
         self._out_eps = _OUT_EPS
-        if output_norm and not normalize:  # a ratio is in range by itself
-            order = self._operator.order
-            shrink = 2.0 ** -min(8, 32 // order)
+        degree = self._operator.degree
+        if output_norm and degree and not normalize:  # a ratio is in range by itself
+            shrink = 2.0 ** -min(8, 32 // degree)
             self.scale *= shrink
-            self._out_eps *= shrink ** (2 * order)
+            self._out_eps *= shrink ** (2 * degree)
         self._init_parameters(conv_size or 0, output_norm, bias)
 
     def _init_parameters(self, conv_size, output_norm, bias):
@@ -150,7 +163,7 @@ class HLAttention(nn.Module):
 
     @property
     def operator(self) -> str | int:
-        return self._operator.name
+        return self._operator.selected.get("order", self._operator.label)
 
     def _extra_repr(self):
         return (
@@ -226,6 +239,7 @@ class HLAttention(nn.Module):
         They do not start again at a segment: the operators see differences of positions only.
         """
         B, T = q.shape[:2]
+        check_array("HLAttention", "cache.offset", "integers", carried.offset, (B,), mx.integer)
         offset = mx.zeros((B,), mx.int32) if carried.offset is None else carried.offset
         carried.offset = offset + (T if lengths is None else lengths)
 
@@ -248,11 +262,19 @@ class HLAttention(nn.Module):
         # A segment border takes two tokens of one call, so a single token has none.
         if q.shape[1] == 1 and mask is None:
             decay = decay[:, 0] if self.decay == "gate" else decay
-            o, carried.memory = self._operator.step(q[:, 0], k[:, 0], v[:, 0], memory, decay=decay, **options)
+            token = (x[:, 0] for x in (q, k, v))
+            o, carried.memory = run.step(self._operator, *token, memory, self._own, decay=decay, **options)
             return o[:, None]
-        options |= {"mask": mask, "segment_ids": segment_ids, "initial_state": memory}
-        o, carried.memory = self._operator.forward(q, k, v, decay=decay, **options)
+        options |= {"mask": mask, "segment_ids": segment_ids}
+        o, carried.memory = run.sequence(self._operator, q, k, v, memory, self._own, decay=decay, **options)
         return o
+
+
+def _operator(operator: str | int) -> Operator:
+    try:
+        return operator_of(operator)
+    except ValueError as e:
+        raise ValueError(f"[HLAttention] {e}") from None
 
 
 def _linear(fan_in, fan_out, bias):
@@ -268,8 +290,8 @@ def _rope_base(rope, head_dim):
     if rope is None or rope is False:
         return None
     base = 10000.0 if rope is True else rope
-    if not isinstance(base, int | float) or not base > 0:
-        raise ValueError(f"[HLAttention] rope must be None, True or a positive base, got {rope!r}")
+    if not isinstance(base, int | float) or not 0 < base <= sys.float_info.max:
+        raise ValueError(f"[HLAttention] rope must be None, True or a positive base, got {repr(rope)[:60]}")
     if head_dim % 2:
         raise ValueError(f"[HLAttention] rope needs an even head_dim, got {head_dim}")
     return float(base)
@@ -289,22 +311,8 @@ def _check_choice(name, value, choices):
 
 
 def _check_inputs(x, dims, mask, segment_ids, cache):
-    if not isinstance(x, mx.array):
-        raise ValueError(f"[HLAttention] x must be an mlx array, got {type(x).__name__}")
-    if x.ndim != 3 or x.shape[2] != dims or 0 in x.shape:
-        raise ValueError(f"[HLAttention] x must be [B, T, {dims}] with B, T >= 1, got {x.shape}")
-    if not mx.issubdtype(x.dtype, mx.floating):
-        raise ValueError(f"[HLAttention] x must be floating point, got {x.dtype}")
-    _check_tokens("mask", "bool", mask, x.shape[:2], mx.bool_)
-    _check_tokens("segment_ids", "integers", segment_ids, x.shape[:2], mx.integer)
+    check_input("HLAttention", x, dims)
+    check_array("HLAttention", "mask", "bool", mask, x.shape[:2], mx.bool_)
+    check_array("HLAttention", "segment_ids", "integers", segment_ids, x.shape[:2], mx.integer)
     if cache is not None and not isinstance(cache, HLACache):
         raise ValueError(f"[HLAttention] cache must be an HLACache, got {type(cache).__name__}")
-
-
-def _check_tokens(name, what, array, shape, kind):
-    if array is None:
-        return
-    is_array = isinstance(array, mx.array)
-    if not is_array or array.shape != shape or not mx.issubdtype(array.dtype, kind):
-        got = f"{array.dtype} {array.shape}" if is_array else repr(array)
-        raise ValueError(f"[HLAttention] {name} must be {what} {shape}, got {got}")

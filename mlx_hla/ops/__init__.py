@@ -1,12 +1,14 @@
 """The operators of Higher-order Linear Attention on MLX arrays.
 
-`linear_attention`, `hla2`, `ahla`, `hla3` and `hla(order=n)` share one contract. With B batch, T time,
-Hq query heads, Hkv key-value heads (Hkv divides Hq), D key dim and Dv value dim:
+`linear_attention`, `hla2`, `ahla`, `hla3`, `hla(order=n)`, `mixed` and `readout` share one contract.
+With B batch, T time, Hq query heads, Hkv key-value heads (Hkv divides Hq), D key dim and Dv value dim:
 
 q: `[B, T, Hq, D]`; k: `[B, T, Hkv, D]`; v: `[B, T, Hkv, Dv]`, all of one dtype, float16, bfloat16 or float32.
 scale: multiplies every q·k; the same as calling with scale·q.
 decay: None, a number, `[Hkv]` or `[B, T, Hkv]`, in [0, 1]: token t multiplies the state by g_t before
-    it adds its own part, so g_t = 0 forgets everything before t.
+    it adds its own part, so g_t = 0 forgets everything before t. In an array, a value below 0 counts as 0
+    and one above 1 as 1, without a gradient; NaN makes NaN of every output from its token on, and may of
+    earlier ones of the same call, as a NaN in q, k or v does.
 normalize: divide by the same operator on v = 1, plus `eps`.
 mask: `[B, T]` boolean, True for a real token. Any other changes no state and outputs 0.
 segment_ids: `[B, T]` integers. The state starts anew at a real token whose id differs from that of the
@@ -22,29 +24,23 @@ float32 for every input dtype. Raises ValueError naming the operator, what it ex
 The `*_step` functions take one token (no T axis) and its state, None at the start, and return the same pair.
 """
 
-from .ahla import AHLAState, ahla, ahla_step
-from .hla2 import HLA2State, HLA2UnmaskedState, hla2, hla2_step
-from .hla3 import HLA3PaperState, HLA3State, HLA3UnmaskedState, hla3, hla3_step
-from .linear import LinearState, linear_attention, linear_attention_step
-from .order import HLAState, hla, hla_step
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "AHLAState",
-    "HLA2State",
-    "HLA2UnmaskedState",
-    "HLA3PaperState",
-    "HLA3State",
-    "HLA3UnmaskedState",
-    "HLAState",
-    "LinearState",
-    "ahla",
-    "ahla_step",
-    "hla",
-    "hla2",
-    "hla2_step",
-    "hla3",
-    "hla3_step",
-    "hla_step",
-    "linear_attention",
-    "linear_attention_step",
-]
+if TYPE_CHECKING:  # for type checkers, which cannot follow the loop below
+    from .ahla import *  # noqa: F403
+    from .hla2 import *  # noqa: F403
+    from .hla3 import *  # noqa: F403
+    from .linear import *  # noqa: F403
+    from .mixed import *  # noqa: F403
+    from .order import *  # noqa: F403
+    from .readout import *  # noqa: F403
+
+# Every file of this folder that has public names is an operator's: its names become those of the package.
+__all__: list[str] = []
+for _found in iter_modules(globals()["__path__"]):
+    _module = import_module(f"{__name__}.{_found.name}")
+    for _name in getattr(_module, "__all__", ()):
+        globals()[_name] = getattr(_module, _name)
+        __all__.append(_name)

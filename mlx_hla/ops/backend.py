@@ -1,97 +1,82 @@
-"""Which backend serves a call: the Metal kernels (`mlx_hla.kernels`) or the plain MLX ops.
+"""Runs an operator: checks, the choice of a backend, its composition where that says.
 
-`backend=None` takes the kernels where `kernels.prefers` says so: on an Apple GPU, for every call that
-`kernels.why_not` does not refuse. The environment variable MLX_HLA_BACKEND=mlx turns them off.
-`backend="metal"` raises where they cannot serve; nothing falls back in silence.
+`backend=None` takes the Metal kernels where `kernels.worthwhile` says so: on an Apple GPU, for sequences that
+`kernels.why_not` does not refuse, and for one token where the operator has a kernel for it. The environment
+variable MLX_HLA_BACKEND=mlx turns them off. `backend="metal"` raises where they cannot serve; nothing falls
+back in silence.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import mlx.core as mx
 
 from .. import kernels
-from ..kernels.steps import MATRICES, NORMALISERS
-from .checks import Call, fail
-
-Pair = tuple[mx.array, "mx.array | None"]
-
-
-def divide(call: Call, o: mx.array) -> mx.array:
-    """o in the dtype of q; normalising, its last column is the denominator (Eq. 3.4)."""
-    if call.ones is None:
-        return o.astype(call.q.dtype)
-    o = o.astype(mx.float32)
-    num, den = o[..., :-1], o[..., -1:] + call.eps
-    if call.mask is not None:  # with ε = 0 a masked token is 0 / 0, and so is its gradient
-        den = mx.where(call.mask[..., None, None], den, 1.0)
-    return (num / den).astype(call.q.dtype)
+from . import metal
+from .checks import Call, canonical, canonical_step, choice
+from .operator import Operator
+from .places import Sequence, Token
 
 
-def _why_not(call: Call, family: str | None) -> str | None:
+def _why_not(call: Call) -> str | None:
     if not kernels.metal_available():
         return "MLX's default device is not an Apple GPU"
-    if family is None:
-        return "this variant of the operator has no kernel"
-    return kernels.why_not(family, call.q, call.k, call.v, normalize=call.ones is not None)
+    return kernels.why_not(call.q, call.k, call.v)
 
 
-def _chosen(call: Call, family: str | None, backend: str | None) -> bool:
-    if backend not in (None, "mlx", "metal"):
-        fail(call.op, "backend must be None, 'mlx' or 'metal'", repr(backend))
+def _preferred(operator: Operator, call: Call) -> bool:
+    """The rule for `backend=None` among the calls that the kernels serve."""
+    dims = call.dims
+    if call.q.ndim == 3:
+        return kernels.steps(operator.family, dims.Hq // dims.Hkv)
+    return kernels.worthwhile(dims.D, dims.Dv + call.normalize, metal.run_dtype(operator, call))
+
+
+def _on_metal(operator: Operator, call: Call, backend: str | None) -> bool:
+    choice(call.op, "backend", backend, (None, "mlx", "metal"))
     if backend == "mlx" or (backend is None and os.environ.get("MLX_HLA_BACKEND") == "mlx"):
         return False
-    why = _why_not(call, family)
+    why = _why_not(call)
     if backend == "metal" and why:
         raise ValueError(f"[{call.op}] backend 'metal' cannot serve this call: {why}")
-    normalize = call.ones is not None
-    return not why and (
-        backend == "metal" or kernels.prefers(family, call.q, call.k, call.v, normalize=normalize)
-    )
+    return not why and (backend == "metal" or _preferred(operator, call))
 
 
-def on_metal(
-    call: Call, family: str | None, backend: str | None, state: list[Pair] | None, **options
-) -> tuple[mx.array, list[Pair]] | None:
-    """(o, state) from the kernels, or None where the MLX ops serve the call.
-
-    family is the kernels' name of the operator, None for a variant that has no kernel. state holds, for
-    each array of the kernel's state, the public array and its normaliser (None where there is none).
-    """
-    if not _chosen(call, family, backend):
-        return None
-    if call.q.ndim == 3:
-        return _step(call, family, state, options)
-    q, k, v = call.q, call.k, call.v
-    if call.ones is not None:  # the operator on [v, 1]; a quotient of float16 sums would overflow first
-        v = mx.concatenate([v, call.ones], axis=-1)
-        if q.dtype == mx.float16:
-            q, k, v = (x.astype(mx.float32) for x in (q, k, v))
-    arrays = None
-    if state is not None:
-        arrays = tuple(x if n is None else mx.concatenate([x, n[..., None]], axis=-1) for x, n in state)
-    options["decay_gradient"] = call.decay_gradient
-    o, arrays = getattr(kernels, family)(q, k, v, call.g, arrays, scale=call.scale, **options)
-    pairs = [(x, None) for x in arrays]
-    if call.ones is not None:  # every state but S holds values
-        keys_only = {"hla2", "hla3"}
-        pairs = [
-            (x, None) if family in keys_only and i == 0 else (x[..., :-1], x[..., -1])
-            for i, x in enumerate(arrays)
-        ]
-    return divide(call, o), pairs
+def sequence(
+    operator: Operator,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    initial_state: Any = None,
+    own: Mapping[str, Any] | None = None,
+    *,
+    backend: str | None = None,
+    **shared: Any,
+) -> tuple[mx.array, Any]:
+    """(o, state) of an operator over a sequence; own: its own options, shared: those of all operators."""
+    call = canonical(operator.name, q, k, v, operator.options, own, **shared)
+    state = operator.check(call, initial_state)
+    place = metal.MetalSequence if _on_metal(operator, call, backend) else Sequence
+    return place(operator, call, state).run()
 
 
-def _step(call: Call, family: str, state: list[Pair] | None, options: dict) -> tuple[mx.array, list[Pair]]:
-    """One token. The kernel takes the normalisers as they are and divides, so nothing is joined or copied."""
-    arrays = None
-    if state is not None:
-        arrays = (*(x for x, _ in state), *(n for _, n in state if n is not None))
-    eps = None if call.ones is None else call.eps
-    o, arrays = kernels.step(
-        family, call.q, call.k, call.v, call.g, arrays, scale=call.scale, eps=eps, **options
-    )
-    names = MATRICES[family]
-    vectors = dict(zip(NORMALISERS[family], arrays[len(names) :], strict=False))  # none without eps
-    return o, [(x, vectors.get(name)) for name, x in zip(names, arrays, strict=False)]
+def step(
+    operator: Operator,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    state: Any = None,
+    own: Mapping[str, Any] | None = None,
+    *,
+    backend: str | None = None,
+    **shared: Any,
+) -> tuple[mx.array, Any]:
+    """(o, state) of an operator for one token."""
+    call = canonical_step(f"{operator.name}_step", q, k, v, operator.options, own, **shared)
+    state = operator.check(call, state)
+    if _on_metal(operator, call, backend):
+        return metal.one_token(operator, call, state)
+    return Token(operator, call, state).run()

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, NoReturn
 
 import mlx.core as mx
 
-FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+from ..kernels.serve import DTYPES as FLOATS
+from .scan import fuse
 
 
-def fail(op: str, what: str, got) -> None:
-    raise ValueError(f"[{op}] {what}, got {got}")
+def fail(op: str, what: str, got: Any) -> NoReturn:
+    # An array's text has many lines, a list's may have no end.
+    raise ValueError(f"[{op}] {what}, got {' '.join(str(got).split())[:100]}")
 
 
-@dataclass
+class Dims(NamedTuple):
+    B: int
+    Hq: int
+    Hkv: int
+    D: int
+    Dv: int
+
+
+@dataclass(frozen=True)
 class Call:
     """One operator call after the checks: inputs with mask and segments folded in.
 
     g is None (no decay) or float32 `[B, T, Hkv]`; a masked token has q = k = v = 0 and g = 1, the first
-    token of a segment has g = 0 and is True in starts `[B, T]`. `ones` (`[B, T, Hkv, 1]`, None unless
-    normalising) is v's extra column. decay_gradient: the decay came as an array, so it may have a gradient.
+    token of a segment has g = 0 and is True in starts `[B, T]`. options: the operator's own arguments.
+    decay_gradient: the decay came as an array, so it may have a gradient. A step has no T.
     """
 
     op: str
@@ -28,28 +40,80 @@ class Call:
     k: mx.array
     v: mx.array
     g: mx.array | None
-    ones: mx.array | None
     scale: float
+    normalize: bool
     eps: float
     mask: mx.array | None = None
     starts: mx.array | None = None
     decay_gradient: bool = True
+    options: Mapping[str, float | mx.array] = field(default_factory=dict)
 
     @property
-    def dims(self) -> tuple[int, int, int, int, int]:
-        """B, Hq, Hkv, D, Dv."""
-        return self.q.shape[0], self.q.shape[-2], self.k.shape[-2], self.q.shape[-1], self.v.shape[-1]
+    def dims(self) -> Dims:
+        return Dims(self.q.shape[0], self.q.shape[-2], self.k.shape[-2], self.q.shape[-1], self.v.shape[-1])
+
+    @property
+    def values(self) -> mx.array:
+        """v; normalising, with a last column of ones, whose result is the denominator."""
+        if not self.normalize:
+            return self.v
+        return mx.concatenate([self.v, mx.ones((*self.v.shape[:-1], 1), self.v.dtype)], axis=-1)
+
+    def as_sequence(self) -> Call:
+        """One token as a sequence of one."""
+
+        def longer(x: Any) -> Any:
+            return x[:, None] if isinstance(x, mx.array) else x
+
+        q, k, v, g = map(longer, (self.q, self.k, self.v, self.g))
+        return replace(self, q=q, k=k, v=v, g=g, options={n: longer(x) for n, x in self.options.items()})
+
+    def result(self, o: mx.array) -> mx.array:
+        """o in the dtype of q; normalising, divided by its last column (Eq. 3.4)."""
+        if not self.normalize:
+            return o.astype(self.q.dtype)
+        o = o.astype(mx.float32)
+        num, den = o[..., :-1], o[..., -1:] + self.eps
+        if self.mask is not None:  # with ε = 0 a masked token is 0 / 0, and so is its gradient
+            den = mx.where(self.mask[..., None, None], den, 1.0)
+        return (num / den).astype(self.q.dtype)
 
 
-def number(op: str, name: str, value, low: float = -math.inf) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-        or value < low
-    ):
-        fail(op, f"{name} must be a finite number" + (f" ≥ {low:g}" if low > -math.inf else ""), repr(value))
-    return float(value)
+class Option(NamedTuple):
+    """An argument of an operator's own.
+
+    A number of at least `least`; or, `per_token`, also an array `[Hq]` or `[B, T, Hq]` (`[B, Hq]` in a step).
+    default: for unit keys. key_degree: with keys of length r, r to this power times as much does the same.
+    """
+
+    name: str
+    default: float
+    least: float = -math.inf
+    per_token: bool = False
+    key_degree: int = 0
+
+
+def number(op: str, name: str, value: Any, low: float = -math.inf) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            if math.isfinite(value) and value >= low:
+                return float(value)
+        except OverflowError:  # an int beyond the floats
+            pass
+    fail(op, f"{name} must be a finite number" + (f" ≥ {low:g}" if low > -math.inf else ""), repr(value)[:60])
+
+
+def boolean(op: str, name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        fail(op, f"{name} must be True or False", repr(value))
+    return value
+
+
+def choice(op: str, name: str, value: Any, choices: tuple[str | None, ...]) -> Any:
+    # By type first: an array compares with None by raising.
+    if not isinstance(value, str | None) or value not in choices:
+        fail(op, f"{name} must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}", repr(value))
+    return value
 
 
 def _scale(op: str, scale) -> float:
@@ -84,20 +148,51 @@ def _qkv(op: str, q, k, v, time: str) -> None:
         fail(op, f"v must be [{', '.join(map(str, k.shape[:-1]))}, Dv], like k {k.shape}", v.shape)
 
 
-def decay_array(op: str, decay, lead: tuple[int, ...], heads: int) -> mx.array | None:
-    """decay as float32 `[*lead, heads]`, or None."""
+def _per_head(
+    op: str, name: str, x: mx.array, lead: tuple[int, ...], heads: int, change: Callable = lambda x: x
+) -> mx.array:
+    """An array `[heads]` or `[*lead, heads]`, changed, as float32 `[*lead, heads]`."""
+    if x.dtype not in FLOATS:
+        fail(op, f"{name} must be float16, bfloat16 or float32", x.dtype)
+    shape = (*lead, heads)
+    if x.shape not in ((heads,), shape):
+        fail(op, f"{name} must be a number, [{heads}] or {list(shape)}", x.shape)
+    return mx.broadcast_to(change(x.astype(mx.float32)), shape)
+
+
+@fuse
+def _clamped(g):
+    # By comparisons, so that NaN stays NaN and the gradient at exactly 0 and 1 is that of g.
+    return mx.where(g < 0, 0.0, mx.where(g > 1, 1.0, g))
+
+
+def decay_array(
+    op: str, decay: float | mx.array | None, lead: tuple[int, ...], heads: int
+) -> mx.array | None:
+    """decay as float32 `[*lead, heads]` in [0, 1], or None; NaN stays NaN."""
     if decay is None:
         return None
     if isinstance(decay, mx.array):
-        if decay.dtype not in FLOATS:
-            fail(op, "decay must be float16, bfloat16 or float32", decay.dtype)
-        shape = (*lead, heads)
-        if decay.shape not in ((heads,), shape):
-            fail(op, f"decay must be a number, [{heads}] or {list(shape)}", decay.shape)
-        return mx.broadcast_to(decay.astype(mx.float32), shape)
+        return _per_head(op, "decay", decay, lead, heads, _clamped)
     if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
         fail(op, "decay must be None, a number in [0, 1] or an array", repr(decay))
     return None if decay == 1 else mx.full((*lead, heads), float(decay), dtype=mx.float32)
+
+
+def _own(
+    op: str, options: tuple[Option, ...], given: Mapping[str, Any], lead: tuple[int, ...], heads: int
+) -> dict[str, float | mx.array]:
+    """An operator's own arguments, None standing for the default: numbers, or float32 `[*lead, heads]`."""
+    out: dict[str, float | mx.array] = {}
+    for option in options:
+        value = given.get(option.name)
+        if value is None:
+            out[option.name] = option.default
+        elif option.per_token and isinstance(value, mx.array):
+            out[option.name] = _per_head(op, option.name, value, lead, heads)
+        else:
+            out[option.name] = number(op, option.name, value, option.least)
+    return out
 
 
 def _segment_starts(segment_ids: mx.array, mask: mx.array | None) -> mx.array:
@@ -112,11 +207,24 @@ def _segment_starts(segment_ids: mx.array, mask: mx.array | None) -> mx.array:
     return mx.logical_and(mx.logical_and(mask, last >= 0), segment_ids != before)
 
 
-def canonical(op, q, k, v, scale, decay, normalize, eps, mask, segment_ids) -> Call:
-    """Check one call over a sequence and fold mask and segments into q, k, v and the decay."""
-    _qkv(op, q, k, v, "T, ")
-    B, T, _, Hkv, _ = (*q.shape[:3], *k.shape[2:])
-    g = decay_array(op, decay, (B, T), Hkv)
+def canonical(
+    op: str,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    options: tuple[Option, ...] = (),
+    given: Mapping[str, Any] | None = None,
+    *,
+    scale: float = 1.0,
+    decay: float | mx.array | None = None,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    mask: mx.array | None = None,
+    segment_ids: mx.array | None = None,
+) -> Call:
+    """Check one call over a sequence and fold mask and segments into q, k, v, the decay and the options."""
+    call = _checked(op, q, k, v, "T, ", options, given, scale, decay, normalize, eps)
+    B, T = call.q.shape[:2]
     for name, x in (("mask", mask), ("segment_ids", segment_ids)):
         if x is not None and (not isinstance(x, mx.array) or x.shape != (B, T)):
             got = x.shape if isinstance(x, mx.array) else type(x).__name__
@@ -125,39 +233,51 @@ def canonical(op, q, k, v, scale, decay, normalize, eps, mask, segment_ids) -> C
         fail(op, "mask must be boolean, True for a real token", mask.dtype)
     if segment_ids is not None and not mx.issubdtype(segment_ids.dtype, mx.integer):
         fail(op, "segment_ids must be integers", segment_ids.dtype)
-    ones = mx.ones((B, T, Hkv, 1), q.dtype) if normalize else None
+    g = call.g
     if mask is not None:
-        real = mask[..., None, None]
+        per_token, real = mask[..., None], mask[..., None, None]
         q, k, v = (mx.where(real, x, mx.zeros((), x.dtype)) for x in (q, k, v))
-        g = None if g is None else mx.where(mask[..., None], g, 1.0)
-    starts = None
+        g = None if g is None else mx.where(per_token, g, 1.0)
+        own = {
+            n: mx.where(per_token, x, 0.0) if isinstance(x, mx.array) else x for n, x in call.options.items()
+        }
+        call = replace(call, q=q, k=k, v=v, g=g, options=own, mask=mask)
     if segment_ids is not None:
-        g = mx.ones((B, T, Hkv), dtype=mx.float32) if g is None else g
         starts = _segment_starts(segment_ids, mask)
-        g = mx.where(starts[..., None], 0.0, g)
-    given = isinstance(decay, mx.array)
-    return Call(op, q, k, v, g, ones, _scale(op, scale), number(op, "eps", eps, 0.0), mask, starts, given)
+        g = mx.ones((B, T, k.shape[2]), dtype=mx.float32) if g is None else g
+        call = replace(call, g=mx.where(starts[..., None], 0.0, g), starts=starts)
+    return call
 
 
-def canonical_step(op, q, k, v, scale, decay, normalize, eps) -> Call:
+def canonical_step(
+    op: str,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    options: tuple[Option, ...] = (),
+    given: Mapping[str, Any] | None = None,
+    *,
+    scale: float = 1.0,
+    decay: float | mx.array | None = None,
+    normalize: bool = False,
+    eps: float = 1e-6,
+) -> Call:
     """Check one call for one token, q `[B, Hq, D]`, k `[B, Hkv, D]`, v `[B, Hkv, Dv]`."""
-    _qkv(op, q, k, v, "")
-    g = decay_array(op, decay, q.shape[:1], k.shape[1])
-    ones = mx.ones((*v.shape[:-1], 1), q.dtype) if normalize else None
-    return Call(op, q, k, v, g, ones, _scale(op, scale), number(op, "eps", eps, 0.0))
+    return _checked(op, q, k, v, "", options, given, scale, decay, normalize, eps)
 
 
-def check_state(op: str, state, kind: type, shapes: dict[str, tuple[int, ...] | None]):
-    """The state's fields, checked: float32 arrays of these shapes; None stands for a field not in use."""
-    if not isinstance(state, kind):
-        fail(op, f"the state must be a {kind.__name__}", type(state).__name__)
-    for name, shape in shapes.items():
-        x = getattr(state, name)
-        if shape is None:
-            if x is not None:
-                fail(op, f"state.{name} must be None: it belongs to normalize=True", tuple(x.shape))
-            continue
-        if not isinstance(x, mx.array) or x.shape != shape or x.dtype != mx.float32:
-            got = f"{x.dtype} {x.shape}" if isinstance(x, mx.array) else repr(x)
-            fail(op, f"state.{name} must be float32 {list(shape)}", got)
-    return state
+def _checked(op, q, k, v, time, options, given, scale, decay, normalize, eps) -> Call:
+    _qkv(op, q, k, v, time)
+    lead = q.shape[:-2]
+    return Call(
+        op,
+        q,
+        k,
+        v,
+        decay_array(op, decay, lead, k.shape[-2]),
+        _scale(op, scale),
+        boolean(op, "normalize", normalize),
+        number(op, "eps", eps, 0.0),
+        decay_gradient=isinstance(decay, mx.array),
+        options=_own(op, options, given or {}, lead, q.shape[-2]),
+    )

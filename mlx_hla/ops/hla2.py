@@ -13,13 +13,20 @@ Names: S key metric S^K, F corrected state, η its normaliser, C query-value mom
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 
-from .backend import on_metal
-from .checks import Call, canonical, canonical_step, check_state, number
-from .passes import Sequence, Token
+from .arguments import SharedOptions, StepOptions, public
+from .backend import sequence, step
+from .checks import Option, boolean
+from .operator import Operator, Slot, register
+from .places import Place, number
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["HLA2State", "HLA2UnmaskedState", "hla2", "hla2_step"]
 
 
 class HLA2State(NamedTuple):
@@ -38,49 +45,65 @@ class HLA2UnmaskedState(NamedTuple):
     m: mx.array | None = None
 
 
-def _check(call: Call, state, masked: bool):
-    if state is None:
-        return None
-    B, Hq, Hkv, D, V = call.dims
-    kind = HLA2State if masked else HLA2UnmaskedState
-    shapes = ((B, Hkv, D, D), (B, Hq, D, V), (B, Hq, D) if call.ones is not None else None)
-    return check_state(call.op, state, kind, dict(zip(kind._fields, shapes, strict=True)))
+def _key(p: Place) -> mx.array:
+    """k̃_t = (S_t + λI) q_t."""
+    kt, ridge = p.la("S", p.q, p.k, None), number(p.call, "ridge")
+    if not ridge:
+        return kt
+    return (kt + p.scaled_q(ridge)).astype(kt.dtype)  # Alg. 1, line 7: S^eff = S + λI
 
 
-def _run(where: type, call: Call, state, masked: bool, ridge: float, backend: str | None):
-    pairs = [(state[0], None), tuple(state[1:])] if state else None
-    served = on_metal(call, "hla2" if masked else None, backend, pairs, ridge=ridge)
-    if served:
-        o, [(S, _), F] = served
-        return o, HLA2State(S, *F)
-    p = where(call)
-    S0, *rest = state or (None,)
-    kt, S = p.la(p.q, p.k, p.k, 1, p.carry(S0))  # k̃_t = S_t q_t
-    if ridge:
-        kt = (kt + ridge * p.scaled_q).astype(kt.dtype)  # Alg. 1, line 7: S^eff = S + λI
-    if masked:  # Eq. 3.3: o_t = q_tᵀ F_t
-        o, F = p.la(p.q, kt, p.v, 2, p.carry(*rest) if rest else None)
-        return p.result(o), HLA2State(p.plain(S), *p.split(F))
-    # Eq. 3.1: o_t = k̃_tᵀ C_t
-    o, C = p.la(kt, p.scaled_q, p.v, 1, p.carry(*rest) if rest else None, scale=1.0)
-    return p.result(o), HLA2UnmaskedState(p.plain(S), *p.split(C))
+def _masked(p: Place) -> mx.array:
+    return p.la("F", p.q, _key(p), p.v, power=2, last=True)  # Eq. 3.3: o_t = q_tᵀ F_t
 
 
+def _unmasked(p: Place) -> mx.array:
+    return p.la("C", _key(p), p.scaled_q(), p.v, scale=1.0, last=True)  # Eq. 3.1: o_t = k̃_tᵀ C_t
+
+
+_S, _RIDGE = Slot("S", symmetric=True), Option("ridge", 0.0, least=0.0)
+
+HLA2 = register(
+    Operator(
+        "hla2",
+        order=2,
+        state=HLA2State,
+        slots=(_S, Slot("F", "q", "eta")),
+        compose=_masked,
+        degree=2,
+        family="hla2",
+        options=(_RIDGE,),
+    )
+)
+HLA2_UNMASKED = register(
+    Operator(
+        "hla2",
+        order=2,
+        state=HLA2UnmaskedState,
+        slots=(_S, Slot("C", "q", "m")),
+        compose=_unmasked,
+        degree=2,
+        options=(_RIDGE,),
+        variant="unmasked",
+        selected={"masked": False},
+    )
+)
+
+
+def _chosen(op: str, masked: bool) -> Operator:
+    return HLA2 if boolean(op, "masked", masked) else HLA2_UNMASKED
+
+
+@public
 def hla2(
     q: mx.array,
     k: mx.array,
     v: mx.array,
     *,
-    scale: float = 1.0,
-    decay: float | mx.array | None = None,
-    normalize: bool = False,
-    eps: float = 1e-6,
     masked: bool = True,
     ridge: float = 0.0,
-    mask: mx.array | None = None,
-    segment_ids: mx.array | None = None,
     initial_state: HLA2State | HLA2UnmaskedState | None = None,
-    backend: str | None = None,
+    **shared: Unpack[SharedOptions],
 ) -> tuple[mx.array, HLA2State | HLA2UnmaskedState]:
     """Second order: `o = tril(A Aᵀ) V` with `A = L ⊙ scale·QKᵀ` (Thm 3.1), or Eq. 3.1 unmasked.
 
@@ -90,28 +113,19 @@ def hla2(
     ridge: λ ≥ 0 in k̃_t = scale·(S_t + λI) q_t (Alg. 1, line 7).
     With `normalize` o_t is divided by q_tᵀ η_t + ε (Eq. 3.4; Eq. 3.2 unmasked).
     """
-    call = canonical("hla2", q, k, v, scale, decay, normalize, eps, mask, segment_ids)
-    state = _check(call, initial_state, masked)
-    ridge = number("hla2", "ridge", ridge, 0.0)
-    return _run(Sequence, call, state, masked, ridge, backend)
+    return sequence(_chosen("hla2", masked), q, k, v, initial_state, {"ridge": ridge}, **shared)
 
 
+@public
 def hla2_step(
-    q,
-    k,
-    v,
-    state,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    state: HLA2State | HLA2UnmaskedState | None,
     *,
-    scale=1.0,
-    decay=None,
-    normalize=False,
-    eps=1e-6,
-    masked=True,
-    ridge=0.0,
-    backend=None,
+    masked: bool = True,
+    ridge: float = 0.0,
+    **shared: Unpack[StepOptions],
 ) -> tuple[mx.array, HLA2State | HLA2UnmaskedState]:
     """One token of `hla2` (the recurrences at the top of this file)."""
-    call = canonical_step("hla2_step", q, k, v, scale, decay, normalize, eps)
-    state = _check(call, state, masked)
-    ridge = number("hla2_step", "ridge", ridge, 0.0)
-    return _run(Token, call, state, masked, ridge, backend)
+    return step(_chosen("hla2_step", masked), q, k, v, state, {"ridge": ridge}, **shared)

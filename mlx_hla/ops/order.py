@@ -7,18 +7,22 @@ Orders 1, 2 and 3 are `linear_attention`, `hla2` and `hla3`; each pair more cost
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from .backend import on_metal
-from .checks import Call, canonical, canonical_step, check_state, fail
+from .arguments import SHARED, STEP, check_names
+from .backend import sequence, step
+from .checks import fail
 from .hla2 import hla2, hla2_step
 from .hla3 import hla3, hla3_step
 from .linear import linear_attention, linear_attention_step
-from .passes import Sequence, Token
+from .operator import MAX_ORDER, Operator, Slot, choices, find
+from .places import Place
 
-MAX_ORDER = 16
+__all__ = ["HLAState", "hla", "hla_step"]
 
 
 class HLAState(NamedTuple):
@@ -35,102 +39,79 @@ class HLAState(NamedTuple):
     eta: tuple[mx.array, ...] | None = None
 
 
-class _Pair(NamedTuple):
-    F: mx.array
-    eta: mx.array | None
+@cache
+def of_order(n: int) -> Operator:
+    """The operator of order n, 1 to `MAX_ORDER`."""
+    if n <= 3:
+        return find(("first", "hla2", "hla3")[n - 1])
+    pairs, odd = divmod(n, 2)
+
+    def compose(p: Place) -> mx.array:
+        kt = p.la("S", p.q, p.k, None)  # k̃_t = S_t q_t
+        x = p.la("P", p.q, p.k, p.v) if odd else p.v
+        for i in range(pairs):
+            x = p.la(f"F{i}", p.q, kt, x, power=2 * (i + 1) + odd, last=i == pairs - 1)
+        return x
+
+    return Operator(
+        "hla",
+        order=n,
+        state=HLAState,
+        slots=(
+            Slot("S", symmetric=True),
+            *([Slot("P", normaliser="m")] if odd else []),
+            *(Slot("F", "q", "eta", member=i) for i in range(pairs)),
+        ),
+        compose=compose,
+        degree=n,
+        variant=f"order{n}",
+        selected={"order": n},
+    )
 
 
-def _check(call: Call, state: HLAState | None, order: int) -> HLAState | None:
-    if state is None:
-        return None
-    want = f"the state must be an HLAState with a tuple of {order // 2} F"
-    if not isinstance(state, HLAState) or not isinstance(state.F, tuple | list):
-        fail(call.op, want, type(state).__name__)
-    if len(state.F) != order // 2:
-        fail(call.op, want, f"{len(state.F)} F")
-    B, Hq, Hkv, D, V = call.dims
-    odd, norm = order % 2 == 1, call.ones is not None
-    shapes = {
-        "S": (B, Hkv, D, D),
-        "P": (B, Hkv, D, V) if odd else None,
-        "m": (B, Hkv, D) if odd and norm else None,
-    }
-    check_state(call.op, state, HLAState, shapes)
-    if norm != (state.eta is not None) or (norm and len(state.eta) != len(state.F)):
-        want = f"a tuple of {order // 2} arrays" if norm else "None: it belongs to normalize=True"
-        fail(
-            call.op, f"state.eta must be {want}", "None" if state.eta is None else f"{len(state.eta)} arrays"
-        )
-    for F, eta in zip(state.F, state.eta or (None,) * len(state.F), strict=True):
-        check_state(call.op, _Pair(F, eta), _Pair, {"F": (B, Hq, D, V), "eta": (B, Hq, D) if norm else None})
-    return state
+def operator_of(name: str | int) -> Operator:
+    """The operator that a layer or a configuration names: by its label, or an order."""
+    if isinstance(name, int) and not isinstance(name, bool) and 1 <= name <= MAX_ORDER:
+        return of_order(name)
+    if isinstance(name, str):
+        return find(name)
+    raise ValueError(
+        f"operator must be one of {', '.join(choices())} or an order from 1 to {MAX_ORDER}, got {name!r}"
+    )
 
 
-def _compose(p: Sequence | Token, s: HLAState | None, order: int):
-    kt, S = p.la(p.q, p.k, p.k, 1, s and p.carry(s.S))  # k̃_t = S_t q_t
-    x, so_far, P, m, Fs = p.v, 0, None, None, []
-    if order % 2:
-        x, P = p.la(p.q, p.k, x, 1, s and p.carry(s.P, s.m))
-        (P, m), so_far = p.split(P), 1
-    for i in range(order // 2):
-        so_far += 2
-        first = s and p.carry(s.F[i], None if s.eta is None else s.eta[i])
-        x, F = p.la(p.q, kt, x, so_far, first)
-        Fs.append(p.split(F))
-    matrices, vectors = zip(*Fs, strict=True)
-    eta = None if vectors[0] is None else vectors
-    return p.result(x), HLAState(p.plain(S), matrices, P, m, eta)
-
-
-def _order(op: str, order) -> int:
+def _order(op: str, order: int) -> int:
     if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= MAX_ORDER:
         fail(op, f"order must be an integer from 1 to {MAX_ORDER}", repr(order))
     return order
 
 
-def hla(q, k, v, *, order: int, **options):
+def _check_options(op: str, order: int, options: dict[str, Any], known: Iterable[str]) -> None:
+    for name in ("masked", "ridge", "convention"):
+        if name in options:
+            fail(op, f"{name} must be left out: it is an argument of orders 2 and 3", f"order {order}")
+    check_names(op, options, known)
+
+
+def hla(q: mx.array, k: mx.array, v: mx.array, *, order: int, **options: Any) -> tuple[mx.array, Any]:
     """HLA of any order: 1 `linear_attention`, 2 `hla2`, 3 `hla3`, n ≥ 4 `tril(A Aᵀ)^p A^{n−2p} V`.
 
     The arguments, shapes and errors that all operators share are described in `mlx_hla.ops`; orders 2
     and 3 also take their operators' own options.
     """
-    low = {1: linear_attention, 2: hla2, 3: hla3}
+    low: dict[int, Callable] = {1: linear_attention, 2: hla2, 3: hla3}
     if _order("hla", order) in low:
         return low[order](q, k, v, **options)
-    return _high(q, k, v, order, **options)
+    _check_options("hla", order, options, SHARED)
+    return sequence(of_order(order), q, k, v, **options)
 
 
-def _high(
-    q,
-    k,
-    v,
-    order,
-    *,
-    scale=1.0,
-    decay=None,
-    normalize=False,
-    eps=1e-6,
-    mask=None,
-    segment_ids=None,
-    initial_state=None,
-    backend=None,
-):
-    call = canonical("hla", q, k, v, scale, decay, normalize, eps, mask, segment_ids)
-    state = _check(call, initial_state, order)
-    on_metal(call, None, backend, None)  # no kernel of its own: raises where one was asked for
-    return _compose(Sequence(call), state, order)
-
-
-def hla_step(q, k, v, state, *, order: int, **options):
+def hla_step(
+    q: mx.array, k: mx.array, v: mx.array, state: Any, *, order: int, **options: Any
+) -> tuple[mx.array, Any]:
     """One token of `hla`: the step of the same order."""
-    low = {1: linear_attention_step, 2: hla2_step, 3: hla3_step}
+    low: dict[int, Callable] = {1: linear_attention_step, 2: hla2_step, 3: hla3_step}
     if _order("hla_step", order) in low:
         return low[order](q, k, v, state, **options)
-    return _high_step(q, k, v, state, order, **options)
-
-
-def _high_step(q, k, v, state, order, *, scale=1.0, decay=None, normalize=False, eps=1e-6, backend=None):
-    call = canonical_step("hla_step", q, k, v, scale, decay, normalize, eps)
-    state = _check(call, state, order)
-    on_metal(call, None, backend, None)  # no kernel of its own: raises where one was asked for
-    return _compose(Token(call), state, order)
+    _check_options("hla_step", order, options, STEP)
+    return step(of_order(order), q, k, v, state, **options)

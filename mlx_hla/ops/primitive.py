@@ -18,11 +18,14 @@ v `[B, H, N, G or 1, W, V]`, decay `[B, H, N, W]`, states `[B, H, G or 1, D, V]`
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache, partial
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..devices import on_gpu
+from ..transforms import differentiable, once
 from .scan import TINY, ChunkScan, Decay, fuse, make_decay, triangle
 
 # ---- products over chunks, with the query heads that share a key-value head as extra rows
@@ -75,8 +78,16 @@ def _over_heads(x: mx.array, groups: int) -> mx.array:
 # ---- element-wise pieces, one pass over memory each on a GPU
 
 
+class _Elementwise(NamedTuple):
+    causal: Callable  # scale · L ⊙ (q kᵀ)
+    causal_decayed: Callable  # scale · D ⊙ (q kᵀ)
+    causal_pair: Callable  # the same for dP, and its product with q kᵀ
+    from_start: Callable  # b_t x_t with b_t = Π_{s≤t} g_s
+    to_end: Callable  # (b_W / b_t) x_t
+
+
 @cache
-def _elementwise(dtype: mx.Dtype):
+def _elementwise(dtype: mx.Dtype) -> _Elementwise:
     """The element-wise functions whose result has `dtype`, the dtype of the matrix products."""
 
     def decayed(scores, later, scale, power, row_hi, col_hi, row_lo, col_lo):
@@ -84,27 +95,27 @@ def _elementwise(dtype: mx.Dtype):
         return mx.where(later, scores * scale * d, 0.0)
 
     @fuse
-    def causal(scores, later, scale):  # scale · L ⊙ (q kᵀ)
+    def causal(scores, later, scale):
         return mx.where(later, scores * scale, 0.0).astype(dtype)
 
     @fuse
-    def causal_decayed(*args):  # scale · D ⊙ (q kᵀ)
+    def causal_decayed(*args):
         return decayed(*args).astype(dtype)
 
     @fuse
-    def causal_pair(scores, *args):  # the same for dP, and its product with q kᵀ
+    def causal_pair(scores, *args):
         d = decayed(*args)
         return d.astype(dtype), (d * scores).astype(dtype)
 
     @fuse
-    def from_start(x, power, hi, lo):  # b_t x_t with b_t = Π_{s≤t} g_s
+    def from_start(x, power, hi, lo):
         return (x * mx.exp(power * (hi + lo))).astype(dtype)
 
     @fuse
-    def to_end(x, power, end_hi, hi, end_lo, lo):  # (b_W / b_t) x_t
+    def to_end(x, power, end_hi, hi, end_lo, lo):
         return (x * mx.exp(power * ((end_hi - hi) + (end_lo - lo)))).astype(dtype)
 
-    return causal, causal_decayed, causal_pair, from_start, to_end
+    return _Elementwise(causal, causal_decayed, causal_pair, from_start, to_end)
 
 
 class _Decayed:
@@ -125,17 +136,17 @@ class _Decayed:
 
     def causal(self, scores, scale):
         if self.decay is None:
-            return self.functions[0](scores, self.later, scale)
-        return self.functions[1](scores, self.later, scale, self.power, *self.pair)
+            return self.functions.causal(scores, self.later, scale)
+        return self.functions.causal_decayed(scores, self.later, scale, self.power, *self.pair)
 
     def causal_pair(self, scores, d_scores, scale):
-        return self.functions[2](scores, d_scores, self.later, scale, self.power, *self.pair)
+        return self.functions.causal_pair(scores, d_scores, self.later, scale, self.power, *self.pair)
 
     def from_start(self, x):
-        return x if self.decay is None else self.functions[3](x, self.power, *self.column)
+        return x if self.decay is None else self.functions.from_start(x, self.power, *self.column)
 
     def to_end(self, x):
-        return x if self.decay is None else self.functions[4](x, self.power, *self.end)
+        return x if self.decay is None else self.functions.to_end(x, self.power, *self.end)
 
 
 # ---- the pass and its reverse
@@ -174,24 +185,64 @@ def _dots(x: mx.array, y: mx.array) -> mx.array:
     return (x * y).sum(axis=-1).astype(mx.float32).sum(axis=-2)
 
 
-@mx.custom_function
-def _once(*arrays):
-    """The same arrays, which let no gradient through."""
-    return list(arrays)
+class Operands(NamedTuple):
+    """Of a pass: q, k, v, the decay (None: 1) and the state before the first token (None: 0)."""
+
+    q: mx.array
+    k: mx.array
+    v: mx.array
+    decay: Decay | None
+    first: mx.array | None
 
 
-@_once.vjp
-def _twice(*_):
-    # The reverse mode reads the carry-ins as numbers: its own gradient would miss what depends on them.
-    raise NotImplementedError("[mlx_hla] the operators' gradients cannot be differentiated in reverse again")
+class Gradients(NamedTuple):
+    """Of the operands; the decay's is that of its g alone, of which the sums are made."""
+
+    q: mx.array
+    k: mx.array
+    v: mx.array
+    decay: tuple[mx.array, None, None, None, None] | None
+    first: mx.array | None
 
 
-def _backward(q, k, v, decay, first, states, do, d_last, scale, power):
-    """Gradients of one pass; each line is tagged by what it adds. d_last is None where only o was used."""
-    q, k, v, states, do = _once(q, k, v, states, do)
+class Walked(NamedTuple):
+    """What a pass gives: o, scale times the states that enter the chunks, the state after the last token."""
+
+    o: mx.array
+    inner: mx.array
+    last: mx.array
+
+
+class Read(NamedTuple):
+    """The same without the last state."""
+
+    o: mx.array
+    inner: mx.array
+
+
+class Last(NamedTuple):
+    """The state after the last token alone."""
+
+    last: mx.array
+
+
+class Backward(NamedTuple):
+    """What the reverse mode reads; a gradient is None where that output was not used."""
+
+    operands: Operands
+    inner: mx.array
+    do: mx.array
+    d_last: mx.array | None
+
+
+def _backward(b: Backward, scale: float, power: int) -> Gradients:
+    """Gradients of one pass; each line is tagged by what it adds."""
+    # It reads the carry-ins as numbers: its own gradient in reverse would miss what depends on them.
+    b = once(b)
+    (q, k, v, decay, first), states, do = b.operands, b.inner, b.do
     if decay is not None:
         # A zero decay counts as TINY here, so that dg = (g dg) / g exists; float32 sums don't see it.
-        decay = make_decay(mx.maximum(*_once(decay.g), TINY))
+        decay = make_decay(mx.maximum(decay.g, TINY))
     decayed = _Decayed(decay, power, q.dtype, q.shape[-2])
     carried = q.shape[2] > 1 or first is not None
 
@@ -204,7 +255,7 @@ def _backward(q, k, v, decay, first, states, do, d_last, scale, power):
         dp, terms = decayed.causal_pair(scores, d_scores, scale)
     # Adjoint of the state that leaves each chunk: x_n = ρ x_{n+1} + scale · Σ_t b_t q_t do_tᵀ
     dob = decayed.from_start(do)
-    adjoint = ChunkScan(_outer(q, dob, states.shape[-3]), decayed.edges, power, d_last, scale, reverse=True)
+    adjoint = ChunkScan(_outer(q, dob, states.shape[-3]), decayed.edges, power, b.d_last, scale, reverse=True)
     x = adjoint.inner()
 
     dk_out = _over_heads(decayed.to_end(v) @ _swap(x), k.shape[-3])  # dk += (b_W / b) ⊙ v Xᵀ
@@ -216,7 +267,7 @@ def _backward(q, k, v, decay, first, states, do, d_last, scale, power):
         dq = _add_rows(dq_in, dp, k)  # dq += dP k
     else:
         dq = _rows(dp, k)
-    grads = [dq, dk, dv]
+    d_decay = None
     if decay is not None:
         # g_t dL/dg_t = every term of the loss that holds g_t: pairs i ≥ t > j of this chunk, rows
         # i ≥ t that read the carry-in, tokens j < t that reach the carry-out, and carry-in to carry-out.
@@ -226,89 +277,66 @@ def _backward(q, k, v, decay, first, states, do, d_last, scale, power):
             total = total + mx.cumsum(_dots(q, dq_in), axis=-1, reverse=True)
             through = (x.astype(mx.float32) * states).sum(axis=(-3, -2, -1))[..., None] / scale
             total = total + through * mx.exp(power * (decay.hi[..., -1:] + decay.lo[..., -1:]))
-        grads.append(power * total / decay.g)
-        grads += [mx.zeros_like(part) for part in decay[1:]]
-    if first is not None:
-        grads.append(adjoint.last())
-    return grads
+        d_decay = power * total / decay.g, None, None, None, None
+    return Gradients(dq, dk, dv, d_decay, None if first is None else adjoint.last())
 
 
-class _Pass:
-    """LA for one choice of static options, as functions of arrays that MLX can differentiate and map."""
+class _Functions(NamedTuple):
+    """One pass, differentiable: all that it gives, without the last state, and that alone."""
 
-    def __init__(self, scale: float, power: int, decayed: bool, started: bool):
-        def unpack(arrays):
-            q, k, v, *rest = arrays
-            return q, k, v, Decay(*rest[:5]) if decayed else None, rest[-1] if started else None
-
-        def both(*arrays):
-            o, inner, states = _forward(*unpack(arrays), scale, power)
-            return o, inner, states.last() / scale
-
-        def both_vjp(arrays, cotangents, outputs):
-            return _backward(*unpack(arrays), outputs[1], cotangents[0], cotangents[2], scale, power)
-
-        def output(*arrays):
-            return _forward(*unpack(arrays), scale, power)[:2]
-
-        def output_vjp(arrays, cotangents, outputs):
-            return _backward(*unpack(arrays), outputs[1], cotangents[0], None, scale, power)
-
-        def in_f32(arrays):
-            q, k, v, *rest = arrays
-            return [*(x.astype(mx.float32) for x in (q, k, v)), *rest]
-
-        def state(*arrays):
-            _, k, v, decay, first = unpack(in_f32(arrays))
-            return _key_states(k, v, decay, first, scale, power).last() / scale
-
-        def state_vjp(arrays, d_last, _):
-            wide = unpack(in_f32(arrays))
-            q, k, v, decay, first = wide
-            states = _key_states(k, v, decay, first, scale, power).inner()
-            do = mx.zeros((*q.shape[:-1], v.shape[-1]))
-            grads = _backward(*wide, states, do, d_last, scale, power)
-            return [g.astype(a.dtype) for g, a in zip(grads, arrays, strict=True)]
-
-        self.both, self.output, self.state = (
-            _mapped(f, vjp) for f, vjp in ((both, both_vjp), (output, output_vjp), (state, state_vjp))
-        )
+    both: Callable[[Operands], Walked]
+    output: Callable[[Operands], Read]
+    state: Callable[[Operands], Last]
 
 
-def _mapped(f, vjp):
-    """f with its reverse mode, also under vmap: the mapped axis joins B and f itself is called."""
-    run = mx.custom_function(f)
-    run.vjp(vjp)
+@lru_cache(maxsize=256)
+def _pass(scale: float, power: int) -> _Functions:
+    back = partial(_backward, scale=scale, power=power)
 
-    @run.vmap
-    def run_vmap(arrays, axes):
-        size = next(x.shape[a] for x, a in zip(arrays, axes, strict=True) if a is not None and a >= 0)
+    def both(a: Operands) -> Walked:
+        o, inner, states = _forward(*a, scale, power)
+        return Walked(o, inner, states.last() / scale)
 
-        def fold(x, axis):
-            mapped = axis is not None and axis >= 0
-            x = mx.moveaxis(x, axis, 0) if mapped else mx.broadcast_to(x, (size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
+    def output(a: Operands) -> Read:
+        o, inner, _ = _forward(*a, scale, power)
+        return Read(o, inner)
 
-        out = run(*(fold(x, a) for x, a in zip(arrays, axes, strict=True)))
-        if isinstance(out, mx.array):
-            return out.reshape(size, -1, *out.shape[1:]), 0
-        return [x.reshape(size, -1, *x.shape[1:]) for x in out], [0] * len(out)
+    def both_vjp(a: Operands, out: Walked, d: Walked) -> Gradients:
+        return back(Backward(a, out.inner, d.o, d.last))
 
-    return run
+    def output_vjp(a: Operands, out: Read, d: Read) -> Gradients:
+        return back(Backward(a, out.inner, d.o, None))
+
+    def in_f32(a: Operands) -> Operands:
+        q, k, v = (x.astype(mx.float32) for x in (a.q, a.k, a.v))
+        return a._replace(q=q, k=k, v=v)
+
+    def state(a: Operands) -> Last:
+        _, k, v, decay, first = in_f32(a)
+        return Last(_key_states(k, v, decay, first, scale, power).last() / scale)
+
+    def state_vjp(a: Operands, _: Last, d: Last) -> Gradients:
+        wide = in_f32(a)
+        q, k, v, decay, first = wide
+        inner = _key_states(k, v, decay, first, scale, power).inner()
+        do = mx.zeros((*q.shape[:-1], v.shape[-1]))
+        grads = back(Backward(wide, inner, do, d.last))
+        q, k, v = (x.astype(y.dtype) for x, y in zip(grads[:3], a[:3], strict=True))
+        return grads._replace(q=q, k=k, v=v)
+
+    return _Functions(
+        differentiable(both, both_vjp), differentiable(output, output_vjp), differentiable(state, state_vjp)
+    )
 
 
-_pass = lru_cache(maxsize=256)(_Pass)
-
-
-def chunked_la(q, k, v, decay: Decay | None, first, scale: float, power: int):
+def chunked_la(q, k, v, decay: Decay | None, first, scale: float, power: int) -> tuple[mx.array, mx.array]:
     """One pass LA_{g^power} in chunk layout: (o in q's dtype, last state in float32).
 
     In bfloat16 the products read each chunk's carry-in rounded to bfloat16, like q, k and v; the last
     state is then a sum of its own, in float32 throughout, and computed only if somebody asks for it.
     """
-    arrays = [q, k, v, *(decay or ()), *([] if first is None else [first])]
-    run = _pass(float(scale), power, decay is not None, first is not None)
+    a, run = Operands(q, k, v, decay, first), _pass(float(scale), power)
     if q.dtype == mx.float32:
-        o, _, last = run.both(*arrays)
+        o, _, last = run.both(a)
         return o, last
-    return run.output(*arrays)[0], run.state(*arrays)
+    return run.output(a).o, run.state(a).last

@@ -10,23 +10,23 @@ a multiple of a grid on which float32 adds up exactly, and a rest `lo`; the sums
 
 from __future__ import annotations
 
-from functools import cache, partial
-from typing import NamedTuple
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from ..devices import compiled, on_gpu
+from ..kernels.plan import TINY as TINY  # stands for g = 0 where dg = (g dg) / g is formed
 
 LOG_ZERO = -128.0  # exp(-128) underflows to 0 in float32
-TINY = 1e-30  # stands for g = 0 where dg = (g dg) / g is formed
 
 
 # An element-wise function becomes one kernel on a GPU.
 fuse = partial(compiled, shapeless=True)
 
 
-@cache
+@lru_cache(maxsize=256)
 def triangle(rows: int, cols: int, offset: int, dtype: mx.Dtype, value: float = 1.0) -> mx.array:
     """value where column ≤ row + offset, else 0; evaluated at once, so that every trace can share it."""
     x = mx.array(value * np.tri(rows, cols, offset, dtype=np.float32)).astype(dtype)
@@ -40,7 +40,7 @@ class Sums(NamedTuple):
     hi: mx.array
     lo: mx.array
 
-    def __getitem__(self, index) -> Sums:
+    def at(self, index: Any) -> Sums:
         return Sums(self.hi[index], self.lo[index])
 
 
@@ -61,7 +61,8 @@ def running_sums(l: mx.array) -> Sums:
 
 @fuse
 def log_decay(g):
-    return mx.where(g > 0, mx.maximum(mx.log(mx.maximum(g, 1e-38)), LOG_ZERO), LOG_ZERO)
+    # NaN is neither: it goes on.
+    return mx.where(g <= 0, LOG_ZERO, mx.maximum(mx.log(mx.maximum(g, 1e-38)), LOG_ZERO))
 
 
 @fuse
@@ -151,8 +152,8 @@ class ChunkScan:
         self.first = None if first is None else first.reshape(B, H, -1)
         self.edges, self.power, self.factor, self.reverse = edges, power, factor, reverse
         if edges is not None:
-            self.border = edges[..., 1:] if reverse else edges[..., :-1]
-            self.chunk = edges[..., :-1] if reverse else edges[..., 1:]
+            self.border = edges.at(np.s_[..., 1:]) if reverse else edges.at(np.s_[..., :-1])
+            self.chunk = edges.at(np.s_[..., :-1]) if reverse else edges.at(np.s_[..., 1:])
         self.upper = None
         if self.groups > 1:
             totals = None
@@ -168,7 +169,7 @@ class ChunkScan:
         if self.edges is None:
             weights = triangle(1, self.span, self.span, mx.float32, self.factor)
         else:
-            end, chunk = self.edges[..., -1:], self.chunk
+            end, chunk = self.edges.at(np.s_[..., -1:]), self.chunk
             sums = (chunk.hi, 0.0, chunk.lo, 0.0) if self.reverse else (end.hi, chunk.hi, end.lo, chunk.lo)
             weights = _weights(True, self.factor, self.power, *sums)[..., None, :]
         return (weights @ self.x.astype(mx.float32))[..., 0, :]
@@ -180,23 +181,24 @@ class ChunkScan:
             weights = weights.T if self.reverse else weights
         else:
             keep = triangle(span, span, -1, mx.bool_)
-            row, col = self.border[..., :, None], self.chunk[..., None, :]
+            row, col = self.border.at(np.s_[..., :, None]), self.chunk.at(np.s_[..., None, :])
             if self.reverse:
                 keep, row, col = keep.T, col, row
             sums = (row.hi, col.hi, row.lo, col.lo)
             weights = _weights(keep, self.factor, self.power, *sums).astype(x.dtype)
         y = weights @ x
+        carry = None if self.first is None else self.first[:, :, None]
         if self.upper is not None:
             carry = self.upper.inner()
-        else:
-            carry = None if self.first is None else self.first[:, :, None]
-        if carry is not None and edges is None:
-            y = (y + carry[..., None, :]).astype(x.dtype)
-        elif carry is not None:
-            left = self.border
-            if self.reverse:
-                left = Sums(edges.hi[..., -1:] - left.hi, edges.lo[..., -1:] - left.lo)
-            y = _carried(y, carry[..., None, :], self.power, left.hi[..., None], left.lo[..., None])
+        if carry is not None:
+            carry = carry[..., None, :]
+            if edges is None:
+                y = y + carry
+            else:
+                left = self.border
+                if self.reverse:
+                    left = Sums(edges.hi[..., -1:] - left.hi, edges.lo[..., -1:] - left.lo)
+                y = _carried(y, carry, self.power, left.hi[..., None], left.lo[..., None])
             y = y.astype(x.dtype)
         y = y.reshape(*y.shape[:2], -1, *self.tail)
         return y if y.shape[2] == self.N else y[:, :, : self.N]
@@ -212,5 +214,5 @@ class ChunkScan:
             return total
         if self.edges is None:
             return total + self.first
-        end = self.edges[:, :, 0, -1:]
+        end = self.edges.at(np.s_[:, :, 0, -1:])
         return _carried(total, self.first, self.power, end.hi, end.lo)

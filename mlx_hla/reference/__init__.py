@@ -22,6 +22,14 @@ from .gradients import (
     vjp_hla3,
     vjp_linear_attention,
 )
+from .mixtures import (
+    dense_mixed,
+    dense_readout,
+    serial_mixed,
+    serial_readout,
+    vjp_mixed,
+    vjp_readout,
+)
 from .serial import serial_ahla, serial_hla, serial_hla2, serial_hla3, serial_linear_attention
 from .states import (
     AHLAState,
@@ -32,6 +40,8 @@ from .states import (
     HLA3UnmaskedState,
     HLAState,
     LinearState,
+    MixedState,
+    ReadoutState,
 )
 
 __all__ = [
@@ -43,12 +53,16 @@ __all__ = [
     "HLA3UnmaskedState",
     "HLAState",
     "LinearState",
+    "MixedState",
+    "ReadoutState",
     "decay_matrix",
     "dense_ahla",
     "dense_hla",
     "dense_hla2",
     "dense_hla3",
     "dense_linear_attention",
+    "dense_mixed",
+    "dense_readout",
     "la_forward",
     "la_vjp",
     "numerical_gradient",
@@ -57,9 +71,13 @@ __all__ = [
     "serial_hla2",
     "serial_hla3",
     "serial_linear_attention",
+    "serial_mixed",
+    "serial_readout",
     "vjp_ahla",
     "vjp_hla",
     "vjp_hla2",
     "vjp_hla3",
     "vjp_linear_attention",
+    "vjp_mixed",
+    "vjp_readout",
 ]

@@ -17,7 +17,7 @@ def dense_linear_attention(
     q, k, v, *, scale=1.0, decay=None, normalize=False, eps=1e-6, mask=None, segment_ids=None
 ):
     """(D ⊙ A₀) V   (§2.2)."""
-    d = _Dense(q, k, v, scale, decay, normalize, eps, mask, segment_ids)
+    d = Dense(q, k, v, scale, decay, normalize, eps, mask, segment_ids)
     return d.apply(d.D * d.A0)
 
 
@@ -40,7 +40,7 @@ def dense_hla2(
     At g = 1 the masked M is (A A^T) ⊙ L with A = L ⊙ A₀.  The ridge λ adds λ q_j to k̃_j = S_j q_j, so
     λ q_t·q_j with the weight of the pass that k̃ goes through: D² masked; unmasked, where k̃ is the query, D.
     """
-    d = _Dense(q, k, v, scale, decay, normalize, eps, mask, segment_ids)
+    d = Dense(q, k, v, scale, decay, normalize, eps, mask, segment_ids)
     QQ = ridge * d.q @ _t(d.q)
     if masked:
         return d.apply(d.D * ((d.D * d.A0) @ _t(d.L * d.A0)) + d.D**2 * QQ)
@@ -49,7 +49,7 @@ def dense_hla2(
 
 def dense_ahla(q, k, v, *, scale=1.0, decay=None, normalize=False, eps=1e-6, mask=None, segment_ids=None):
     """M = A A with A = D ⊙ A₀: weights D_ti D_ij on j ≤ i ≤ t.   (Thm 6.1, Eq. 6.1.)"""
-    d = _Dense(q, k, v, scale, decay, normalize, eps, mask, segment_ids)
+    d = Dense(q, k, v, scale, decay, normalize, eps, mask, segment_ids)
     A = d.D * d.A0
     return d.apply(A @ A)
 
@@ -76,7 +76,7 @@ def dense_hla3(
     masked, paper:  S S^Q P − G⁽¹⁾ − G⁽²⁾ − G⁽³⁾ as Algorithm 3 updates them: the cross-summaries decay by g
                     once a step, and their increments read the undecayed moments of t − 1.
     """
-    d = _Dense(q, k, v, scale, decay, normalize, eps, mask, segment_ids)
+    d = Dense(q, k, v, scale, decay, normalize, eps, mask, segment_ids)
     if not masked:
         return d.apply(d.D * ((d.D * ((d.D * d.A0) @ _t(d.A0))) @ d.A0))
     if convention == "exact":
@@ -107,7 +107,7 @@ def dense_hla(
     """
     if not isinstance(order, int) or order < 1:
         raise ValueError(f"[reference] order must be an integer of at least 1, got {order!r}")
-    d = _Dense(q, k, v, scale, decay, normalize, eps, mask, segment_ids)
+    d = Dense(q, k, v, scale, decay, normalize, eps, mask, segment_ids)
     A = d.D * d.A0
     pair = d.A0 @ _t(A)
     M = A if order % 2 else np.broadcast_to(np.eye(A.shape[-1]), A.shape)
@@ -126,7 +126,7 @@ def decay_matrix(g):
     return D
 
 
-class _Dense:
+class Dense:
     """q, k, v [B, Hq, T, ..], D and A₀ [B, Hq, T, T]: prepared inputs, heads expanded and moved first."""
 
     def __init__(self, q, k, v, scale, decay, normalize, eps, mask, segment_ids):

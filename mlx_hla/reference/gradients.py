@@ -212,7 +212,7 @@ def program_vjp(
     Hq, Hkv = x.q.shape[2], x.k.shape[2]
     env = {"q": x.q, "k": expand_heads(x.k, Hq), "v": expand_heads(x.v, Hq)}
     g = expand_heads(x.g, Hq)
-    start = {name: _load(program, initial_state, name, x, normalize) for name in program.fields}
+    start = {name: load_state(program, initial_state, name, x, normalize) for name in program.fields}
     for p in program.passes:
         env[p.out], _ = la_forward(
             env[p.q], env[p.k], env[p.v], g**p.power, start[p.state], p.exclusive, x.reset
@@ -220,12 +220,12 @@ def program_vjp(
         env[p.out] += p.ridge * env["q"] if p.ridge else 0.0
 
     total = sum(sign * env[name] for name, sign in program.output.items())
-    do = _through_ratio(total, np.where(x.real[..., None, None], do, 0.0), normalize, eps)
+    do = through_ratio(total, np.where(x.real[..., None, None], do, 0.0), normalize, eps)
     grad = {name: np.zeros(value.shape) for name, value in env.items()}
     for name, sign in program.output.items():
         grad[name] += sign * do
     dg = np.zeros(g.shape)
-    dfinal = {name: _load(program, dstate, name, x, normalize, gradient=True) for name in program.fields}
+    dfinal = {name: load_state(program, dstate, name, x, normalize, gradient=True) for name in program.fields}
     dstart = {name: np.zeros(value.shape) for name, value in start.items()}
     for p in reversed(program.passes):
         if p.ridge:
@@ -240,16 +240,23 @@ def program_vjp(
         dg += p.power * g ** (p.power - 1) * dgp
         dstart[p.state] += dS
 
-    dv = grad["v"][..., :-1] if normalize else grad["v"]
-    dg = np.where(x.real[..., None] & ~x.reset[..., None], _sum_groups(dg, Hkv, 2), 0.0)
-    masked = {"q": scale * grad["q"], "k": _sum_groups(grad["k"], Hkv, 2), "v": _sum_groups(dv, Hkv, 2)}
-    out = {name: np.where(x.real[..., None, None], d, 0.0) for name, d in masked.items()}
-    out["decay"] = None if decay is None else _unbroadcast(dg, np.shape(decay))
-    out["initial_state"] = _store(program, dstart, Hkv, normalize)
+    out = to_inputs(x, grad, dg, decay, scale, normalize)
+    out["initial_state"] = store_state(program, dstart, Hkv, normalize)
     return out
 
 
-def _through_ratio(total, do, normalize, eps):
+def to_inputs(x, grad, dg, decay, scale, normalize):
+    """Gradients of the prepared and expanded q, k, v, g -> those of the arguments: dict(q, k, v, decay)."""
+    Hkv = x.k.shape[2]
+    dv = grad["v"][..., :-1] if normalize else grad["v"]
+    dg = np.where(x.real[..., None] & ~x.reset[..., None], sum_groups(dg, Hkv, 2), 0.0)
+    masked = {"q": scale * grad["q"], "k": sum_groups(grad["k"], Hkv, 2), "v": sum_groups(dv, Hkv, 2)}
+    out = {name: np.where(x.real[..., None, None], d, 0.0) for name, d in masked.items()}
+    out["decay"] = None if decay is None else unbroadcast(dg, np.shape(decay))
+    return out
+
+
+def through_ratio(total, do, normalize, eps):
     """Gradient of num / (den + ε) with respect to [num, den]."""
     if not normalize:
         return do
@@ -258,7 +265,7 @@ def _through_ratio(total, do, normalize, eps):
     return np.concatenate([do / den, -(do * num).sum(-1, keepdims=True) / den**2], -1)
 
 
-def _load(program, state, name, x, normalize, gradient=False):
+def load_state(program, state, name, x, normalize, gradient=False):
     """One state of a NamedTuple (or zeros) with its heads expanded; of a gradient, each group's share."""
     B, _, Hq, D = x.q.shape
     vector = program.fields[name]
@@ -279,13 +286,13 @@ def _load(program, state, name, x, normalize, gradient=False):
     return expand_heads(full, Hq, axis=1) / (Hq // H if gradient else 1)
 
 
-def _store(program, values, Hkv, normalize):
-    """The states of `_load`, back in the program's NamedTuple."""
+def store_state(program, values, Hkv, normalize):
+    """The states of `load_state`, back in the program's NamedTuple."""
     fields = dict.fromkeys(program.state._fields)
     for name, value in values.items():
         vector = program.fields[name]
         field = name[0] if isinstance(name, tuple) else name
-        value = _sum_groups(value, Hkv, 1) if field in _KEY_HEADS else value
+        value = sum_groups(value, Hkv, 1) if field in _KEY_HEADS else value
         matrix, vec = part(value, normalize and vector is not None)
         if isinstance(name, tuple):
             fields[field] = (*(fields[field] or ()), matrix)
@@ -297,14 +304,14 @@ def _store(program, values, Hkv, normalize):
     return program.state(**fields)
 
 
-def _sum_groups(x, H, axis):
+def sum_groups(x, H, axis):
     """Sum over the query heads of each key-value head."""
     return x.reshape(*x.shape[:axis], H, -1, *x.shape[axis + 1 :]).sum(axis + 1)
 
 
-def _unbroadcast(dg, shape):
-    """[B, T, Hkv] -> the shape of the decay that was given: (), [Hkv] or [B, T, Hkv]."""
-    return dg if len(shape) == 3 else dg.sum((0, 1)) if len(shape) == 1 else dg.sum()
+def unbroadcast(d, shape):
+    """[B, T, H] -> the shape of what was given: (), [H] or [B, T, H]."""
+    return d if len(shape) == 3 else d.sum((0, 1)) if len(shape) == 1 else d.sum()
 
 
 def numerical_gradient(f, x, step=1e-6):

@@ -2,7 +2,7 @@
 
 q, k [T, d], v [T, dv] -> o [T, dv]. Each statement stands on the line that the paper gives it. What
 does not hold is kept as it is; `mlx_hla.monoid` and the `serial_*` functions are the mended forms, and
-the README's errata table measures the difference.
+the errata table of this folder's README measures the difference.
 """
 
 from functools import partial

@@ -103,7 +103,7 @@ def third_token(q, k, v, gamma=1.0) -> ThirdSegment:
 def third_identity(d, dv) -> ThirdSegment:
     """The all-zero segment, with both maps zero."""
     shapes = ((d, d), (d, d), (d, dv), d, (d, dv), d, (d, dv), d, (d, d), (d, dv, d, d), (d, d, d))
-    return ThirdSegment(*(np.zeros(s) for s in shapes))
+    return ThirdSegment._make([*(np.zeros(s) for s in shapes), 1.0])
 
 
 def combine_third(a, b) -> ThirdSegment:
@@ -113,7 +113,7 @@ def combine_third(a, b) -> ThirdSegment:
     order decayed scan", every summary of a scaled by ρ_b. That is not associative.
     """
     if b.rho != 1.0:
-        a = ThirdSegment(*(b.rho * x for x in a[:-1]), rho=a.rho)
+        a = ThirdSegment._make([*(b.rho * x for x in a[:-1]), a.rho])
     sums = {name: getattr(a, name) + getattr(b, name) for name in ThirdSegment._fields}
     sums["rho"] = a.rho * b.rho
     sums["F"] = sums["F"] + a.SK @ b.R + np.einsum("aebc,bc->ae", b.M_p, a.SQ) + b.U @ a.P

@@ -36,10 +36,10 @@ def serial_linear_attention(
     initial_state=None,
 ):
     """First order (§2.2): P_t = g_t P_{t-1} + k_t v_t^T, o_t = P_t^T q_t."""
-    run = _Run(q, k, v, scale, decay, normalize, eps, mask, segment_ids, initial_state)
+    run = Run(q, k, v, scale, decay, normalize, eps, mask, segment_ids, initial_state)
     P = run.state("P", "m", per_query=False)
     for t, q_t, k_t, v_t, g in run.tokens():
-        P = g * P + _outer(k_t, v_t)
+        P = g * P + outer(k_t, v_t)
         run.o[:, t] = q_t @ P
     return run.output(), LinearState(*part(P, normalize))
 
@@ -66,22 +66,22 @@ def serial_hla2(
 
     S is symmetric.  S^T is written because that is what a carried S that is not symmetric means here.
     """
-    run = _Run(q, k, v, scale, decay, normalize, eps, mask, segment_ids, initial_state)
+    run = Run(q, k, v, scale, decay, normalize, eps, mask, segment_ids, initial_state)
     S = run.state("S", None, per_query=False)
     if masked:
         F = run.state("F", "eta")
         for t, q_t, k_t, v_t, g in run.tokens():
-            S = g * S + _outer(k_t, k_t)
+            S = g * S + outer(k_t, k_t)
             kt_t = q_t @ S + ridge * q_t
-            F = _per_head(g**2) * F + _outer(kt_t, v_t[:, :, None])
-            run.o[:, t] = _read(q_t, F)
+            F = per_head(g**2) * F + outer(kt_t, v_t[:, :, None])
+            run.o[:, t] = read(q_t, F)
         return run.output(), HLA2State(S, *run.public(F))
     C = run.state("C", "m")
     for t, q_t, k_t, v_t, g in run.tokens():
-        S = g * S + _outer(k_t, k_t)
+        S = g * S + outer(k_t, k_t)
         kt_t = q_t @ S + ridge * q_t
-        C = _per_head(g) * C + _outer(q_t, v_t[:, :, None])
-        run.o[:, t] = _read(kt_t, C)
+        C = per_head(g) * C + outer(q_t, v_t[:, :, None])
+        run.o[:, t] = read(kt_t, C)
     return run.output(), HLA2UnmaskedState(S, *run.public(C))
 
 
@@ -99,13 +99,13 @@ def serial_ahla(
     initial_state=None,
 ):
     """AHLA (Thm 6.1, Alg. 2): P_t = g P + k v^T, E_t = g E + k (q^T P_t), o_t = E_t^T q_t."""
-    run = _Run(q, k, v, scale, decay, normalize, eps, mask, segment_ids, initial_state)
+    run = Run(q, k, v, scale, decay, normalize, eps, mask, segment_ids, initial_state)
     P = run.state("P", "m", per_query=False)
     E = run.state("E", "n")
     for t, q_t, k_t, v_t, g in run.tokens():
-        P = g * P + _outer(k_t, v_t)
-        E = _per_head(g) * E + _outer(k_t[:, :, None], q_t @ P)
-        run.o[:, t] = _read(q_t, E)
+        P = g * P + outer(k_t, v_t)
+        E = per_head(g) * E + outer(k_t[:, :, None], q_t @ P)
+        run.o[:, t] = read(q_t, E)
     P, m = part(P, normalize)
     E, n = run.public(E)
     return run.output(), AHLAState(P, E, m, n)
@@ -137,7 +137,7 @@ def serial_hla3(
     """
     if convention not in ("exact", "paper"):
         raise ValueError(f"[reference] convention must be 'exact' or 'paper', got {convention!r}")
-    run = _Run(q, k, v, scale, decay, normalize, eps, mask, segment_ids, initial_state)
+    run = Run(q, k, v, scale, decay, normalize, eps, mask, segment_ids, initial_state)
     if masked and convention == "paper":
         return _algorithm_3_batched(run)
     S = run.state("S" if masked else "SK", None, per_query=False)
@@ -145,19 +145,19 @@ def serial_hla3(
     if masked:
         F = run.state("F", "eta")
         for t, q_t, k_t, v_t, g in run.tokens():
-            S = g * S + _outer(k_t, k_t)
-            P = g * P + _outer(k_t, v_t)
-            F = _per_head(g**3) * F + _outer(q_t @ S, q_t @ P)
-            run.o[:, t] = _read(q_t, F)
+            S = g * S + outer(k_t, k_t)
+            P = g * P + outer(k_t, v_t)
+            F = per_head(g**3) * F + outer(q_t @ S, q_t @ P)
+            run.o[:, t] = read(q_t, F)
         P, m = part(P, normalize)
         F, eta = run.public(F)
         return run.output(), HLA3State(S, P, F, m, eta)
     SQ = run.state("SQ", None)
     for t, q_t, k_t, v_t, g in run.tokens():
-        S = g * S + _outer(k_t, k_t)
-        P = g * P + _outer(k_t, v_t)
-        SQ = _per_head(g) * SQ + _outer(q_t, q_t)
-        run.o[:, t] = _read(q_t @ S, SQ) @ P
+        S = g * S + outer(k_t, k_t)
+        P = g * P + outer(k_t, v_t)
+        SQ = per_head(g) * SQ + outer(q_t, q_t)
+        run.o[:, t] = read(q_t @ S, SQ) @ P
     return run.output(), HLA3UnmaskedState(S, run.public_matrix(SQ), *part(P, normalize))
 
 
@@ -174,18 +174,18 @@ def _algorithm_3_batched(run):
             SK, P = SK * here, P * here
             SQ, G1, G2, G3 = (x * here[..., None] for x in (SQ, G1, G2, G3))
         SK_prev, SQ_prev, P_prev = SK, SQ, P
-        gh = _per_head(g)
+        gh = per_head(g)
         k_h = k_t[:, :, None] + np.zeros_like(q_t)
-        SK, P = g * SK_prev + _outer(k_t, k_t), g * P_prev + _outer(k_t, v_t)
-        SQ = gh * SQ_prev + _outer(q_t, q_t)
-        u1 = _read(k_h, SQ_prev)
-        G1 = gh * G1 + _outer(k_h, u1 @ P_prev)
+        SK, P = g * SK_prev + outer(k_t, k_t), g * P_prev + outer(k_t, v_t)
+        SQ = gh * SQ_prev + outer(q_t, q_t)
+        u1 = read(k_h, SQ_prev)
+        G1 = gh * G1 + outer(k_h, u1 @ P_prev)
         a2 = q_t @ SK_prev
-        G2 = gh * G2 + _outer(a2, q_t @ P_prev)
+        G2 = gh * G2 + outer(a2, q_t @ P_prev)
         a3 = u1 @ SK_prev  # u3 = u1
-        G3 = gh * G3 + _outer(a3, v_t[:, :, None])
-        term_a = _read(q_t @ SK, SQ) @ P
-        run.o[:, t] = term_a - _read(q_t, G1) - _read(q_t, G2) - _read(q_t, G3)
+        G3 = gh * G3 + outer(a3, v_t[:, :, None])
+        term_a = read(q_t @ SK, SQ) @ P
+        run.o[:, t] = term_a - read(q_t, G1) - read(q_t, G2) - read(q_t, G3)
     P, m = part(P, run.normalize)
     (G1, h1), (G2, h2), (G3, h3) = (run.public(x) for x in (G1, G2, G3))
     return run.output(), HLA3PaperState(SK, run.public_matrix(SQ), P, G1, G2, G3, m, h1, h2, h3)
@@ -222,28 +222,28 @@ def serial_hla(
         options = {"scale": scale, "decay": decay, "normalize": normalize, "eps": eps, "mask": mask}
         op = (serial_linear_attention, serial_hla2, serial_hla3)[order - 1]
         return op(q, k, v, segment_ids=segment_ids, initial_state=initial_state, **options)
-    run = _Run(q, k, v, scale, decay, normalize, eps, mask, segment_ids, initial_state)
+    run = Run(q, k, v, scale, decay, normalize, eps, mask, segment_ids, initial_state)
     pairs, odd = divmod(order, 2)
     S = run.state("S", None, per_query=False)
     P = run.state("P", "m", per_query=False) if odd else None
     Fs = [run.state("F", "eta", index=i) for i in range(pairs)]
     for t, q_t, k_t, v_t, g in run.tokens():
-        S = g * S + _outer(k_t, k_t)
+        S = g * S + outer(k_t, k_t)
         kt_t = q_t @ S
         u = v_t[:, :, None]
         if odd:
-            P = g * P + _outer(k_t, v_t)
+            P = g * P + outer(k_t, v_t)
             u = q_t @ P
         for i in range(pairs):
-            Fs[i] = _per_head(g ** (2 * i + 2 + odd)) * Fs[i] + _outer(kt_t, u)
-            u = _read(q_t, Fs[i])
+            Fs[i] = per_head(g ** (2 * i + 2 + odd)) * Fs[i] + outer(kt_t, u)
+            u = read(q_t, Fs[i])
         run.o[:, t] = u
     Fs, etas = zip(*(run.public(F) for F in Fs), strict=True)
     P, m = part(P, normalize) if odd else (None, None)
     return run.output(), HLAState(S, Fs, P, m, etas if normalize else None)
 
 
-class _Run:
+class Run:
     """The shapes, prepared inputs and output buffer that the loops above share."""
 
     def __init__(self, q, k, v, scale, decay, normalize, eps, mask, segment_ids, initial_state):
@@ -285,15 +285,15 @@ class _Run:
         return finish(o, self.inputs.real, self.normalize, self.eps)
 
 
-def _outer(a, b):
+def outer(a, b):
     return a[..., :, None] * b[..., None, :]
 
 
-def _per_head(g):
+def per_head(g):
     """[B, Hkv, 1, 1] -> [B, Hkv, 1, 1, 1], to decay a per-query-head state."""
     return g[..., None]
 
 
-def _read(a, F):
+def read(a, F):
     """F^T a for each query head: a [.., D], F [.., D, V] -> [.., V]."""
     return (a[..., None, :] @ F)[..., 0, :]

@@ -88,3 +88,20 @@ class HLAState(NamedTuple):
     P: Array | None = None
     m: Array | None = None
     eta: tuple[Array, ...] | None = None
+
+
+class MixedState(NamedTuple):
+    """Both orders in one F: S = Σ k k^T [B, Hkv, D, D], F = Σ k̃ v^T [B, Hq, D, V], η = Σ k̃ [B, Hq, D]."""
+
+    S: Array
+    F: Array
+    eta: Array | None = None
+
+
+class ReadoutState(NamedTuple):
+    """S = Σ k k^T [B, Hkv, D, D], P = Σ k v^T [B, Hkv, D, V], the count n [B, Hkv], m = Σ k [B, Hkv, D]."""
+
+    S: Array
+    P: Array
+    n: Array
+    m: Array | None = None

@@ -47,7 +47,7 @@ def train(config: ModelConfig, settings: TrainConfig) -> Result:
     for name in ("data", "tokenizer", "init_from"):
         if (path := getattr(settings, name)) is not None:
             settings = dataclasses.replace(settings, **{name: os.path.abspath(path)})
-    out = Path(settings.out)
+    out = as_path("out", settings.out)
     _check_fresh(out)
     corpus = _read_corpus(settings)
     model, tokenizer = _begin(config, settings, corpus)

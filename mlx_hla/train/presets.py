@@ -129,6 +129,8 @@ def preset(
 
 
 def _replaced(settings: T, changes: dict | None, name: str) -> T:
+    if changes is not None and not isinstance(changes, dict):
+        raise InputError(f"{name} must be a dict of fields, got {repr(changes)[:60]}")
     known = {f.name for f in dataclasses.fields(settings)}  # type: ignore[arg-type]
     unknown = sorted(str(key) for key in set(changes or {}) - known)
     if unknown:

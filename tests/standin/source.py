@@ -95,6 +95,13 @@ def _split(declarators):
     return [*parts, declarators[start:]]
 
 
+def _without_words(text):
+    """`threadgroup` for words that the source defines as it: arrays are found before macros are expanded."""
+    define = r"(?m)^[ \t]*#[ \t]*define[ \t]+(\w+)[ \t]+threadgroup[ \t]*$"
+    words = "|".join(re.findall(define, text))
+    return re.sub(rf"\b(?:{words})\b", "threadgroup", re.sub(define, "", text)) if words else text
+
+
 def _rewrite_arrays(text, kernel_start):
     """`threadgroup T a[n], b;` becomes MSL_ARRAY(...): the stand-in lays out threadgroup memory itself."""
     count = 0
@@ -129,7 +136,7 @@ def _rewrite_arrays(text, kernel_start):
 def prepare(metal):
     """Turn MLX's Metal source into a Program."""
     _check_words(without_comments(metal, strings=False))
-    text = without_comments(metal)
+    text = _without_words(without_comments(metal))
     text = re.sub(r"(?m)^[ \t]*#\s*include\s*<metal_\w+>.*$|^[ \t]*#pragma METAL.*$", "", text)
     # The explicit instantiation: the wrapper below names the template arguments instead.
     instances = list(re.finditer(r"template\s*\[\[host_name\([^\n]*", text))
