@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -109,7 +110,7 @@ def generate_step(
     max_tokens: int = -1,
     cache: list | None = None,
     chunk: int = PREFILL_TOKENS,
-) -> Iterator[tuple[mx.array, mx.array]]:
+) -> Iterator[tuple[Any, mx.array]]:
     """Yield (tokens, logits) for ever, or `max_tokens` times.
 
     A prompt [T] yields tokens as ints and logits [V]; a batch of prompts of equal length [B, T] yields arrays

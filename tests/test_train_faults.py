@@ -406,6 +406,7 @@ FLAGS = "--preset tiny --vocab-size 380 --dims 16 --num-layers 1 --hidden-dims 1
 def test_ctrl_c_is_answered_while_a_pass_is_under_way(corpus, tmp_path, twice):
     out = tmp_path / "run"
     flags = [*FLAGS.split(), "--data", str(corpus), "--out", str(out), "--save-every", "2"]
+    flags += ["--steps", "12"]
     script = LONG.format(seconds=60 if twice else 2)
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", script, *flags],
@@ -419,9 +420,7 @@ def test_ctrl_c_is_answered_while_a_pass_is_under_way(corpus, tmp_path, twice):
     process.send_signal(signal.SIGINT)
     start = time.monotonic()
     answer = process.stdout.readline()
-    assert answer.startswith(
-        "stopping after a forward and backward pass of step 4 of 800, which is under way"
-    )
+    assert answer.startswith("stopping after a forward and backward pass of step 4 of 12, which is under way")
     assert time.monotonic() - start < 1
     if twice:
         process.send_signal(signal.SIGINT)
