@@ -214,6 +214,16 @@ def test_a_step_beyond_memory_is_refused(corpus, tmp_path, big):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_step_near_the_memory_is_told_so(monkeypatch):
+    need = estimate.step_bytes(ModelConfig(), TrainConfig())
+    for share, words in ((3, False), (1.5, True), (0.6, True)):
+        monkeypatch.setattr(estimate, "device_bytes", lambda s=share: s * need)
+        assert (", of " in estimate.memory(ModelConfig(), TrainConfig())) is words
+    monkeypatch.setattr(estimate, "device_bytes", lambda: 0.4 * need)
+    with pytest.raises(InputError, match="a step needs about"):
+        estimate.memory(ModelConfig(), TrainConfig())
+
+
 def test_a_run_tells_its_memory_and_its_time(corpus, tmp_path, capsys):
     train(*configs(corpus, tmp_path / "run", steps=12, log_every=100))
     said = capsys.readouterr().out
