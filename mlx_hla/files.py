@@ -25,17 +25,25 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
 }
 
+MAX_PATH_BYTES = 4096  # no system takes longer ones
+
 
 def as_path(name: str, value: object) -> Path:
     """A path that somebody gave; "" would be the folder that one happens to be in."""
-    if not isinstance(value, str | os.PathLike) or isinstance(value, bytes) or not os.fspath(value):
-        raise InputError(f"{name} must be a path, got {repr(value)[:60]}")
-    return Path(value)
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    try:
+        if isinstance(text, str) and "\0" not in text and 0 < len(os.fsencode(text)) <= MAX_PATH_BYTES:
+            return Path(text)
+    except UnicodeEncodeError:  # a lone surrogate
+        pass
+    raise InputError(f"{name} must be a path, got {repr(value)[:60]}")
 
 
 @contextlib.contextmanager
 def open_regular(path: str | Path, limit: int) -> Iterator[BinaryIO]:
     """Open a file to read; InputError if it is no regular file, has more than `limit` bytes, or fails."""
+    if not isinstance(path, str | Path):  # a number would be an open file
+        raise InputError(f"a file must be a path, got {repr(path)[:60]}")
     try:
         # Without O_NONBLOCK, opening a pipe would wait for its writer.
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -108,7 +108,7 @@ def identity(kind, D, V, normalize=False, zeros=np.zeros):
 
 
 def _check_kind(kind):
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"[monoid] kind must be one of {', '.join(KINDS)}, got {kind!r}")
 
 
@@ -116,6 +116,8 @@ def combine(a, b):
     """Segment a, then segment b: associative, and exact for any decay, zeros included."""
     if type(a) is not type(b):
         raise ValueError(f"[monoid] cannot combine {type(a).__name__} with {type(b).__name__}")
+    if type(a) not in _COMBINE:
+        raise ValueError(f"[monoid] combine takes two segments of one kind, got {type(a).__name__}")
     return _COMBINE[type(a)](a, b)
 
 

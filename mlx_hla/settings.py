@@ -36,15 +36,16 @@ _TYPES: dict[str, tuple[type, ...]] = {
 def check_types(settings: Any) -> None:
     """Check every field of a dataclass instance against its annotation; numbers must be finite."""
     for field in dataclasses.fields(settings):
-        value, kind = getattr(settings, field.name), str(field.type)
+        value: Any = getattr(settings, field.name)
+        kind = str(field.type)
         allowed = _TYPES[kind]
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
             raise InputError(f"{field.name} must be {kind}, got {repr(value)[:60]}")
-        if "float" in kind and value is not None and not _is_finite(value):
+        if isinstance(value, int | float) and "float" in kind and not _is_finite(value):
             raise InputError(f"{field.name} must be finite, got {repr(value)[:60]}")
 
 
-def _is_finite(value: float) -> bool:
+def _is_finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
     except OverflowError:  # an int beyond every float
@@ -80,9 +81,9 @@ def from_dict(cls: type[T], values: object, name: str) -> T:
     if not isinstance(values, dict):
         raise InputError(f"{name}: must be a JSON object, got {type(values).__name__}")
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - known)
+    unknown = sorted(set(values) - known, key=str)
     if unknown:
-        shown = ", ".join(repr(k[:40]) for k in unknown[:5])
+        shown = ", ".join(repr(k)[:42] for k in unknown[:5])
         raise InputError(f"{name}: unknown keys {shown}; known are {', '.join(sorted(known))}")
     try:
         return cls(**values)
@@ -99,6 +100,11 @@ def parse_json(data: bytes, name: str) -> object:
     def constant(text):
         raise ValueError(f"{text} is not JSON")
 
+    def number(text):
+        if math.isfinite(value := float(text)):
+            return value
+        raise ValueError(f"{text[:20]} is beyond the numbers")
+
     def unique(pairs):
         result = dict(pairs)
         if len(result) != len(pairs):
@@ -106,6 +112,8 @@ def parse_json(data: bytes, name: str) -> object:
         return result
 
     try:
-        return json.loads(data.decode(), parse_constant=constant, object_pairs_hook=unique)
+        return json.loads(
+            data.decode(), parse_constant=constant, parse_float=number, object_pairs_hook=unique
+        )
     except (ValueError, RecursionError) as e:  # a decode error is a ValueError too
         raise InputError(f"{name}: not valid JSON ({' '.join(str(e).split())[:100]})") from None

@@ -98,6 +98,8 @@ class Tokenizer:
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        if not isinstance(ids, Iterable):
+            raise InputError(f"tokens must come as a list, got {repr(ids)[:60]}")
         return b"".join(map(self.token_bytes, ids))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -132,6 +134,8 @@ class Detokenizer:
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """Learn a BPE of `vocab_size` tokens, or of as many as the texts give. Equal texts, equal tokenizers."""
     check_whole("vocab_size", vocab_size, 1)
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"the texts must be a list of texts, got {repr(texts)[:60]}")
     fixed = 3 + 256 + len(NEWLINES) + len(_PRINTABLE) + 1
     if vocab_size < fixed:
         raise InputError(f"vocab_size must be at least {fixed} (bytes, indents, ASCII), got {vocab_size}")

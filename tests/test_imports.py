@@ -21,7 +21,7 @@ RANKS = [
     {"ops", "data"},
     {"nn"},
     {"models"},
-    {"generate", "train", "evaluate", "selftest", "mlx_lm"},
+    {"generate", "reading", "train", "evaluate", "selftest", "mlx_lm"},
     {"cli", "__main__", "pretrained"},
 ]
 ACROSS = {
@@ -34,6 +34,7 @@ ACROSS = {
     ("losses", "settings"),
     ("losses", "trees"),
     ("evaluate", "generate"),
+    ("reading", "generate"),
     ("__main__", "cli"),
 }
 RANK = {part: i for i, parts in enumerate(RANKS) for part in parts}
@@ -201,6 +202,7 @@ def test_without_mlx_the_command_says_what_to_install(whole):
 
 STOPPED = """
 import builtins, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C
 really = builtins.__import__
 def stopped(name, *rest, **options):
     if name == {at!r}:

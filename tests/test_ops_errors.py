@@ -86,6 +86,11 @@ CALLS = {
     "scale-huge": ({"scale": 10**400}, "scale must be a finite number, got 1000"),
     "normalize-string": ({"normalize": "false"}, "normalize must be True or False, got 'false'"),
     "backend": ({"backend": "cuda"}, "backend must be None, 'mlx' or 'metal', got 'cuda'"),
+    "backend-array": ({"backend": mx.array(1)}, "backend must be None, 'mlx' or 'metal', got array(1"),
+    "state-numpy": (
+        {"initial_state": mlx_hla.HLA2State(np.zeros((2, 2, 6, 6)), VALUE)},
+        "state.S must be float32 [2, 2, 6, 6], got array([[[[0., 0., 0., 0., 0., 0.], [0.",
+    ),
 }
 
 
@@ -107,6 +112,19 @@ def test_every_operator_names_itself(op, case):
     given = RIGHT | change
     qkv = [given.pop(name) for name in "qkv"]
     refuses(OPERATORS[op].name, message, lambda: function(op)(*qkv, **given))
+
+
+@pytest.mark.parametrize("name", ["sclae", "own", "operator", "state"])
+@pytest.mark.parametrize("step", [False, True], ids=["sequence", "step"])
+@each_operator
+def test_an_unknown_option_is_refused_by_the_function_that_was_called(op, step, name):
+    given = [x[:, 0] for x in RIGHT.values()] + [None] if step else list(RIGHT.values())
+    who = OPERATORS[op].name + ("_step" if step else "")
+    want = re.escape(f"[{who}] has no option {name!r}; it takes ") + ".*scale, decay, normalize, eps.*backend"
+    if step and name == "state":
+        name, want = "mask", re.escape(f"[{who}] has no option 'mask'; it takes ")
+    with pytest.raises(TypeError, match=want):
+        function(op, step=step)(*given, **{name: 1.0})
 
 
 STEPS = {

@@ -55,6 +55,9 @@ def save(folder: str | Path, model: LanguageModel, tokenizer: Tokenizer, dtype: 
     """
     folder = as_path("the model's folder", folder)
     _check_dtype(dtype)
+    if not hasattr(model, "config") or not hasattr(tokenizer, "proto"):
+        got = f"{type(model).__name__} and {type(tokenizer).__name__}"
+        raise InputError(f"save takes a LanguageModel and its Tokenizer, got {got}")
     packed = tuple(f"{path}." for path in quantized_modules(model))
     weights = {
         name: a if name.startswith(packed) or not is_float(a) else a.astype(dtype)
@@ -156,7 +159,8 @@ def load_tensors(
 def _check_header(path: str | Path, header: Header, like: Mapping[str, mx.array], floats) -> None:
     for kind, names in (("missing", set(like) - set(header)), ("unknown", set(header) - set(like))):
         if names:
-            shown = ", ".join(sorted(n[:60] for n in names)[:3])
+            # As text that can be read: a name may hold anything.
+            shown = ", ".join(sorted(ascii(n)[1:61].removesuffix("'") for n in names)[:3])
             raise InputError(f"{path}: {len(names)} tensors are {kind}, among them {shown}")
     for name, (dtype, shape) in header.items():
         if shape != tuple(like[name].shape):

@@ -159,9 +159,11 @@ class LanguageModel(nn.Module):
         """What the logits are a linear map of, [B, T, dims]; of ids that are known to be in range."""
         if not 0 <= check_number("[LanguageModel] dropout", dropout) < 1:
             raise InputError(f"[LanguageModel] dropout must be from 0 to below 1, got {dropout}")
-        if dropout and key is None:
-            raise InputError("[LanguageModel] dropout needs a key")
-        if cache is not None and (not isinstance(cache, list) or len(cache) != len(self.layers)):
+        if dropout and not (isinstance(key, mx.array) and key.dtype == mx.uint32 and key.shape == (2,)):
+            got = f"{key.dtype} {key.shape}" if isinstance(key, mx.array) else repr(key)[:60]
+            raise InputError(f"[LanguageModel] dropout needs a key of mlx.core.random, got {got}")
+        whole = isinstance(cache, list) and len(cache) == len(self.layers) and None not in cache
+        if cache is not None and not whole:
             got = f"{len(cache)} entries" if isinstance(cache, list) else repr(cache)[:60]
             raise InputError(f"[LanguageModel] cache must be what make_cache gives, got {got}")
         x = self.embedding(tokens)

@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .attention import HLAttention
+from .inputs import check_input
 
 # What an additive mask hides has at most this: exp(-1000) is 0 in float32, and -1e4 is -9984 in bfloat16.
 HIDDEN = -1000
@@ -31,6 +32,7 @@ class SelfAttentionAdapter(nn.Module):
                 "[SelfAttentionAdapter] queries, keys and values must be the same array: HLAttention is "
                 "self-attention and has no cross-attention"
             )
+        check_input("SelfAttentionAdapter", queries, self.attention.dims)
         _check_causal(mask, queries.shape[1])
         return self.attention(queries)
 
@@ -44,7 +46,7 @@ def _check_causal(mask, T):
             'pass mask="causal"'
         )
     if not isinstance(mask, mx.array) or mask.shape[-2:] != (T, T) or mask.size != T * T:
-        got = mask.shape if isinstance(mask, mx.array) else repr(mask)
+        got = mask.shape if isinstance(mask, mx.array) else repr(mask)[:60]
         raise ValueError(
             f'[SelfAttentionAdapter] mask must be "causal" or a [{T}, {T}] causal mask, got {got}; '
             "for padding call HLAttention with mask=[B, T]"

@@ -24,6 +24,7 @@ Without the output norm, o is as large as it is.
 # B batch, T time, Hq query heads, Hkv key-value heads, D key dim, Dv value dim, C convolution channels
 
 import copy
+import sys
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -36,6 +37,7 @@ from mlx_hla.ops.order import operator_of
 from .cache import HLACache
 from .conv import ShortConv
 from .gate import DecayGate, fixed_decay
+from .inputs import check_array, check_input
 from .padding import packing
 
 _ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {"silu": nn.silu, "sigmoid": mx.sigmoid}
@@ -105,6 +107,8 @@ class HLAttention(nn.Module):
         _check_choice("qk_norm", qk_norm, ("rms", "l2", None))
         _check_choice("output_gate", output_gate, (False, True, "silu", "sigmoid"))
         _check_choice("backend", backend, (None, "mlx", "metal"))
+        for name, flag in {"output_norm": output_norm, "normalize": normalize, "bias": bias}.items():
+            _check_choice(name, flag, (False, True))
         if conv_size and (not isinstance(conv_size, int) or conv_size < 2):
             raise ValueError(
                 f"[HLAttention] conv_size must be None, 0 or an integer of at least 2, got {conv_size!r}"
@@ -112,7 +116,7 @@ class HLAttention(nn.Module):
 
         self.dims, self.num_heads, self.num_kv_heads = dims, num_heads, num_kv_heads
         self.head_dim, self.value_dim = head_dim, value_dim
-        self.decay, self.qk_norm, self.normalize, self.backend = decay, qk_norm, bool(normalize), backend
+        self.decay, self.qk_norm, self.normalize, self.backend = decay, qk_norm, normalize, backend
         self.output_gate = "silu" if output_gate is True else output_gate or None
         self.rope = _rope_base(rope, head_dim)
         self._operator = _operator(operator)
@@ -235,6 +239,7 @@ class HLAttention(nn.Module):
         They do not start again at a segment: the operators see differences of positions only.
         """
         B, T = q.shape[:2]
+        check_array("HLAttention", "cache.offset", "integers", carried.offset, (B,), mx.integer)
         offset = mx.zeros((B,), mx.int32) if carried.offset is None else carried.offset
         carried.offset = offset + (T if lengths is None else lengths)
 
@@ -285,8 +290,8 @@ def _rope_base(rope, head_dim):
     if rope is None or rope is False:
         return None
     base = 10000.0 if rope is True else rope
-    if not isinstance(base, int | float) or not base > 0:
-        raise ValueError(f"[HLAttention] rope must be None, True or a positive base, got {rope!r}")
+    if not isinstance(base, int | float) or not 0 < base <= sys.float_info.max:
+        raise ValueError(f"[HLAttention] rope must be None, True or a positive base, got {repr(rope)[:60]}")
     if head_dim % 2:
         raise ValueError(f"[HLAttention] rope needs an even head_dim, got {head_dim}")
     return float(base)
@@ -306,22 +311,8 @@ def _check_choice(name, value, choices):
 
 
 def _check_inputs(x, dims, mask, segment_ids, cache):
-    if not isinstance(x, mx.array):
-        raise ValueError(f"[HLAttention] x must be an mlx array, got {type(x).__name__}")
-    if x.ndim != 3 or x.shape[2] != dims or 0 in x.shape:
-        raise ValueError(f"[HLAttention] x must be [B, T, {dims}] with B, T >= 1, got {x.shape}")
-    if not mx.issubdtype(x.dtype, mx.floating):
-        raise ValueError(f"[HLAttention] x must be floating point, got {x.dtype}")
-    _check_tokens("mask", "bool", mask, x.shape[:2], mx.bool_)
-    _check_tokens("segment_ids", "integers", segment_ids, x.shape[:2], mx.integer)
+    check_input("HLAttention", x, dims)
+    check_array("HLAttention", "mask", "bool", mask, x.shape[:2], mx.bool_)
+    check_array("HLAttention", "segment_ids", "integers", segment_ids, x.shape[:2], mx.integer)
     if cache is not None and not isinstance(cache, HLACache):
         raise ValueError(f"[HLAttention] cache must be an HLACache, got {type(cache).__name__}")
-
-
-def _check_tokens(name, what, array, shape, kind):
-    if array is None:
-        return
-    is_array = isinstance(array, mx.array)
-    if not is_array or array.shape != shape or not mx.issubdtype(array.dtype, kind):
-        got = f"{array.dtype} {array.shape}" if is_array else repr(array)
-        raise ValueError(f"[HLAttention] {name} must be {what} {shape}, got {got}")

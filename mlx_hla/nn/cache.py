@@ -66,7 +66,7 @@ class HLACache(Cache):
     @state.setter
     def state(self, value: Any) -> None:
         # A tree that was saved and loaded holds lists for the operator's NamedTuple: the layer restores it.
-        self.memory, self.conv, self.offset = value
+        self.memory, self.conv, self.offset = _triple("HLACache", "memory, conv, offset", value)
 
     def empty(self) -> bool:
         return self.memory is None
@@ -104,7 +104,7 @@ class KVCache(Cache):
 
     @state.setter
     def state(self, value: Any) -> None:
-        self.keys, self.values, self.conv = value
+        self.keys, self.values, self.conv = _triple("KVCache", "keys, values, conv", value)
         self.offset = 0 if self.keys is None else self.keys.shape[2]
 
     def empty(self) -> bool:
@@ -112,6 +112,13 @@ class KVCache(Cache):
 
     def size(self) -> int:
         return self.offset
+
+
+def _triple(who: str, names: str, state: Any) -> Any:
+    if not isinstance(state, tuple | list) or len(state) != 3:
+        got = f"{len(state)} entries" if isinstance(state, tuple | list) else type(state).__name__
+        raise ValueError(f"[{who}] state must be ({names}), got {got}")
+    return state
 
 
 def _written(buffer: mx.array | None, new: mx.array, offset: int) -> mx.array:

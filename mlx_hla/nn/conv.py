@@ -11,6 +11,10 @@ times as fast forward and backward, and it lets each tap be cut at a segment bor
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_hla.settings import check_whole
+
+from .inputs import check_array, check_input
+
 
 class ShortConv(nn.Module):
     """Depthwise causal convolution with carried state.
@@ -23,6 +27,7 @@ class ShortConv(nn.Module):
 
     def __init__(self, channels: int, width: int = 4, *, activation: bool = True):
         super().__init__()
+        check_whole("[ShortConv] channels", channels, 1)
         if not isinstance(width, int) or isinstance(width, bool) or width < 2:
             raise ValueError(f"[ShortConv] width must be an integer of at least 2, got {width!r}")
         self.channels = channels
@@ -50,12 +55,16 @@ class ShortConv(nn.Module):
         segment_ids [B, T]: no tap reaches over a change of id, and the new state holds zeros for inputs of
         an earlier segment; the first token continues the state.
         """
+        check_input("ShortConv", x, self.channels)
         B, T, C = x.shape
+        check_array("ShortConv", "lengths", "integers", lengths, (B,), mx.integer)
+        check_array("ShortConv", "segment_ids", "integers", segment_ids, (B, T), mx.integer)
         carry = self.width - 1
         if state is None:
             state = mx.zeros((B, carry, C), x.dtype)
-        elif state.shape != (B, carry, C):
-            raise ValueError(f"[ShortConv] state must be {(B, carry, C)}, got {state.shape}")
+        elif not isinstance(state, mx.array) or state.shape != (B, carry, C):
+            got = state.shape if isinstance(state, mx.array) else type(state).__name__
+            raise ValueError(f"[ShortConv] state must be {(B, carry, C)}, got {got}")
         padded = mx.concatenate([state.astype(x.dtype), x], axis=1)
         runs = None if segment_ids is None else _runs(segment_ids, carry)
 

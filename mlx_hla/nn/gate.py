@@ -11,6 +11,10 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_hla.settings import check_number, check_whole
+
+from .inputs import check_input
+
 SHORTEST_MEMORY = 8.0
 LONGEST_MEMORY = 512.0
 
@@ -19,7 +23,10 @@ def spread_memories(
     heads: int, shortest: float = SHORTEST_MEMORY, longest: float = LONGEST_MEMORY
 ) -> list[float]:
     """`heads` memory lengths in tokens, evenly spaced in log; one head gets the geometric mean."""
-    if not 0 < shortest <= longest < math.inf:
+    check_whole("[spread_memories] heads", heads, 1)
+    for name, value in {"shortest": shortest, "longest": longest}.items():
+        check_number(f"[spread_memories] {name}", value)
+    if not 0 < shortest <= longest:
         raise ValueError(
             f"[spread_memories] need 0 < shortest <= longest, got shortest={shortest}, longest={longest}"
         )
@@ -46,6 +53,8 @@ class DecayGate(nn.Module):
         self, dims: int, heads: int, shortest: float = SHORTEST_MEMORY, longest: float = LONGEST_MEMORY
     ):
         super().__init__()
+        check_whole("[DecayGate] dims", dims, 1)
+        check_whole("[DecayGate] heads", heads, 1)
         self.weight = mx.zeros((heads, dims))
         # softplus(b) = 1/M  <=>  b = log(exp(1/M) - 1)
         self.bias = mx.array(
@@ -57,6 +66,7 @@ class DecayGate(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [B, T, dims] to decay [B, T, H], float32."""
+        check_input("DecayGate", x, self.weight.shape[1])
         logits = x.astype(mx.float32) @ self.weight.astype(mx.float32).T + self.bias.astype(mx.float32)
         # exp(-softplus(z)) = 1 / (1 + e^z): the sigmoid has no overflow and no 0 * inf in its gradient.
         return mx.sigmoid(-logits)

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from .. import kernels
 from . import metal
-from .checks import Call, canonical, canonical_step, fail
+from .checks import Call, canonical, canonical_step, choice
 from .operator import Operator
 from .places import Sequence, Token
 
@@ -36,8 +36,7 @@ def _preferred(operator: Operator, call: Call) -> bool:
 
 
 def _on_metal(operator: Operator, call: Call, backend: str | None) -> bool:
-    if backend not in (None, "mlx", "metal"):
-        fail(call.op, "backend must be None, 'mlx' or 'metal'", repr(backend))
+    choice(call.op, "backend", backend, (None, "mlx", "metal"))
     if backend == "mlx" or (backend is None and os.environ.get("MLX_HLA_BACKEND") == "mlx"):
         return False
     why = _why_not(call)

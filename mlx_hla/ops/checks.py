@@ -14,7 +14,8 @@ from .scan import fuse
 
 
 def fail(op: str, what: str, got: Any) -> NoReturn:
-    raise ValueError(f"[{op}] {what}, got {got}")
+    # An array's text has many lines, a list's may have no end.
+    raise ValueError(f"[{op}] {what}, got {' '.join(str(got).split())[:100]}")
 
 
 class Dims(NamedTuple):
@@ -105,6 +106,13 @@ def number(op: str, name: str, value: Any, low: float = -math.inf) -> float:
 def boolean(op: str, name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         fail(op, f"{name} must be True or False", repr(value))
+    return value
+
+
+def choice(op: str, name: str, value: Any, choices: tuple[str | None, ...]) -> Any:
+    # By type first: an array compares with None by raising.
+    if not isinstance(value, str | None) or value not in choices:
+        fail(op, f"{name} must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}", repr(value))
     return value
 
 

@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from .arguments import SharedOptions, StepOptions, public
 from .backend import sequence, step
-from .checks import boolean, fail
+from .checks import boolean, choice, fail
 from .operator import Operator, Slot, register
 from .places import Place
 
@@ -143,8 +143,7 @@ HLA3_PAPER = register(
 
 
 def _chosen(op: str, masked: bool, convention: str) -> Operator:
-    if convention not in ("exact", "paper"):
-        fail(op, "convention must be 'exact' or 'paper'", repr(convention))
+    choice(op, "convention", convention, ("exact", "paper"))
     if boolean(op, "masked", masked):
         return HLA3 if convention == "exact" else HLA3_PAPER
     if convention == "paper":

@@ -134,9 +134,13 @@ class Operator:
 
     def restore(self, memory: Any) -> Any:
         """The state's NamedTuple from the plain lists that a saved one comes back as."""
-        if memory is None or isinstance(memory, self.state):
+        # A state of another operator is none of this one's, whatever its fields: `check` says so.
+        if not isinstance(memory, tuple | list) or hasattr(memory, "_fields"):
             return memory
-        return self.state(*(tuple(x) if isinstance(x, list) else x for x in memory))
+        kind: Any = self.state
+        if not 0 <= len(kind._fields) - len(memory) <= len(kind._field_defaults):
+            return memory
+        return kind(*(tuple(x) if isinstance(x, list) else x for x in memory))
 
     def check(self, call: Call, state: Any) -> Any:
         """The state, or a ValueError that says what is wrong with it."""

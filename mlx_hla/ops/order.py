@@ -7,12 +7,13 @@ Orders 1, 2 and 3 are `linear_attention`, `hla2` and `hla3`; each pair more cost
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from .arguments import SHARED, STEP, check_names
 from .backend import sequence, step
 from .checks import fail
 from .hla2 import hla2, hla2_step
@@ -85,10 +86,11 @@ def _order(op: str, order: int) -> int:
     return order
 
 
-def _refuse_own(op: str, order: int, options: dict[str, Any]) -> None:
+def _check_options(op: str, order: int, options: dict[str, Any], known: Iterable[str]) -> None:
     for name in ("masked", "ridge", "convention"):
         if name in options:
             fail(op, f"{name} must be left out: it is an argument of orders 2 and 3", f"order {order}")
+    check_names(op, options, known)
 
 
 def hla(q: mx.array, k: mx.array, v: mx.array, *, order: int, **options: Any) -> tuple[mx.array, Any]:
@@ -100,7 +102,7 @@ def hla(q: mx.array, k: mx.array, v: mx.array, *, order: int, **options: Any) ->
     low: dict[int, Callable] = {1: linear_attention, 2: hla2, 3: hla3}
     if _order("hla", order) in low:
         return low[order](q, k, v, **options)
-    _refuse_own("hla", order, options)
+    _check_options("hla", order, options, SHARED)
     return sequence(of_order(order), q, k, v, **options)
 
 
@@ -111,5 +113,5 @@ def hla_step(
     low: dict[int, Callable] = {1: linear_attention_step, 2: hla2_step, 3: hla3_step}
     if _order("hla_step", order) in low:
         return low[order](q, k, v, state, **options)
-    _refuse_own("hla_step", order, options)
+    _check_options("hla_step", order, options, STEP)
     return step(of_order(order), q, k, v, state, **options)

@@ -22,7 +22,7 @@ from mlx_hla.progress import require
 from mlx_hla.tokenizer import Tokenizer, train_tokenizer
 from mlx_hla.train.checkpoint import Checkpoint, find_checkpoints, lengthened, load_checkpoint
 from mlx_hla.train.course import Course
-from mlx_hla.train.estimate import check_memory
+from mlx_hla.train.estimate import memory
 from mlx_hla.train.folder import held
 from mlx_hla.train.presets import TrainConfig
 from mlx_hla.train.report import Report
@@ -47,7 +47,7 @@ def train(config: ModelConfig, settings: TrainConfig) -> Result:
     for name in ("data", "tokenizer", "init_from"):
         if (path := getattr(settings, name)) is not None:
             settings = dataclasses.replace(settings, **{name: os.path.abspath(path)})
-    out = Path(settings.out)
+    out = as_path("out", settings.out)
     _check_fresh(out)
     corpus = _read_corpus(settings)
     model, tokenizer = _begin(config, settings, corpus)
@@ -87,7 +87,7 @@ def _begin(
             raise InputError(f"{settings.init_from}: is quantised: packed weights cannot be trained")
         # All that the weights fit comes with them; how long a text is trained on does not.
         model.config = dataclasses.replace(model.config, context=config.context)
-        check_memory(model.config, settings)
+        memory(model.config, settings)
         return model, tokenizer
     if settings.tokenizer is not None:
         tokenizer = Tokenizer.load(settings.tokenizer)
@@ -100,7 +100,7 @@ def _begin(
                 flush=True,
             )
     config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-    check_memory(config, settings)
+    memory(config, settings)
     return LanguageModel(config, settings.seed), tokenizer
 
 
@@ -143,7 +143,7 @@ def _run(run: Checkpoint, corpus: data.Corpus) -> Result:
     report.say(
         f"{model.config.operator} model of {model.num_parameters:,} parameters; {len(stream):,} tokens of "
         f"{sizes[stream].mean():.2f} bytes; steps of {per_step:,} tokens; {mx.default_device()}; "
-        f"about {check_memory(model.config, settings) / 1e9:.2g} GB of memory"
+        f"{memory(model.config, settings)}"
     )
     report.event(
         "resume" if run.step else "start",

@@ -98,21 +98,21 @@ class Preset:
 PRESETS = {
     "small": Preset("5.9 million parameters, trained as the model that ships", ModelConfig(), TrainConfig()),
     "tiny": Preset(
-        "a try-out: well under a minute on two CPU cores",
-        ModelConfig(vocab_size=512, dims=64, num_layers=2, num_heads=2, hidden_dims=192, context=128),
+        "a try-out: the shapes of Python after about a minute on two CPU cores with OpenBLAS",
+        ModelConfig(vocab_size=1024, dims=128, num_layers=1, num_heads=2, hidden_dims=256, context=128),
         TrainConfig(
             out="runs/tiny",
-            max_bytes=500_000,
+            max_bytes=2_000_000,
             valid_fraction=0.1,
-            steps=100,
-            batch_size=8,
-            lr=5e-3,
-            warmup=10,
+            steps=800,
+            batch_size=4,
+            lr=8e-3,
+            warmup=20,
             dropout=0.0,
-            valid_every=50,
-            valid_batches=8,
-            save_every=50,
-            log_every=10,
+            valid_every=200,
+            valid_batches=64,
+            save_every=400,
+            log_every=50,
         ),
     ),
 }
@@ -129,6 +129,8 @@ def preset(
 
 
 def _replaced(settings: T, changes: dict | None, name: str) -> T:
+    if changes is not None and not isinstance(changes, dict):
+        raise InputError(f"{name} must be a dict of fields, got {repr(changes)[:60]}")
     known = {f.name for f in dataclasses.fields(settings)}  # type: ignore[arg-type]
     unknown = sorted(str(key) for key in set(changes or {}) - known)
     if unknown:
