@@ -208,7 +208,13 @@ def _eval(args) -> int:
     from mlx_hla.models import load
     from mlx_hla.sampling import Sampling
 
-    for name, least in {"batch_size": 1, "valid_batches": 0, "samples": 0, "max_tokens": 1}.items():
+    for name, least in {
+        "batch_size": 1,
+        "valid_batches": 0,
+        "samples": 0,
+        "max_tokens": 1,
+        "show": 0,
+    }.items():
         if getattr(args, name) < least:
             raise InputError(f"{name} must be at least {least}, got {getattr(args, name)}")
     sampling = Sampling(**{"seed": 0, **given(args, Sampling)})
