@@ -31,7 +31,11 @@ class Command(NamedTuple):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        sys.stderr.write(f"mlx-hla: error: {' '.join(message.split())} (try {self.prog} --help)\n")
+        message = " ".join(message.split())
+        short = (
+            message if len(message) <= 600 else f"{message[:200]} ... {message[-200:]}"
+        )  # it repeats what came
+        sys.stderr.write(f"mlx-hla: error: {short} (try {self.prog} --help)\n")
         sys.exit(2)
 
 
