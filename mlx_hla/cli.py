@@ -1,4 +1,4 @@
-"""The command line: `mlx-hla generate | train | eval | info | selftest`.
+"""The command line: `mlx-hla generate | train | eval | info | selftest | lm`.
 
 Flags are the fields of the dataclasses that they fill. What a user got wrong is told in one line on stderr,
 with a non-zero exit status: 1, or 2 for flags that do not parse; 130 after Ctrl-C. MLX_HLA_DEBUG=1 shows the
@@ -322,6 +322,21 @@ def _selftest(args) -> int:
     return selftest.run(args)
 
 
+# --- lm
+
+
+def _lm_arguments(parser):
+    add = parser.add_argument
+    add("lm_command", metavar="COMMAND", help="generate, server, lora, fuse, convert or another of mlx-lm's")
+    add("arguments", nargs=argparse.REMAINDER, help="its own flags; --help lists them")
+
+
+def _lm(args) -> int:
+    from mlx_hla import mlx_lm
+
+    return mlx_lm.run(args.lm_command, args.arguments)
+
+
 COMMANDS = {
     "generate": Command("continue a text", _generate_arguments, _generate),
     "train": Command("train a model, on the Python standard library or your text", _train_arguments, _train),
@@ -330,6 +345,7 @@ COMMANDS = {
     "selftest": Command(
         "run every Metal kernel on this machine and check it", _selftest_arguments, _selftest
     ),
+    "lm": Command("run a command of mlx-lm's, which then knows these models", _lm_arguments, _lm),
 }
 
 

@@ -21,8 +21,8 @@ RANKS = [
     {"ops", "data"},
     {"nn"},
     {"models"},
-    {"generate", "reading", "train", "evaluate", "selftest"},
-    {"cli", "__main__"},
+    {"generate", "reading", "train", "evaluate", "selftest", "mlx_lm"},
+    {"cli", "__main__", "pretrained"},
 ]
 ACROSS = {
     ("files", "errors"),
