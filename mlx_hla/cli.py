@@ -35,7 +35,10 @@ class Command(NamedTuple):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        sys.stderr.write(f"mlx-hla: error: {' '.join(message.split())} (try {self.prog} --help)\n")
+        message = " ".join(message.split())
+        if len(message) > 600:  # it repeats what came
+            message = f"{message[:200]} ... {message[-200:]}"
+        sys.stderr.write(f"mlx-hla: error: {message} (try {self.prog} --help)\n")
         sys.exit(2)
 
 
@@ -200,7 +203,13 @@ def _eval(args) -> int:
     from mlx_hla.models import load
     from mlx_hla.sampling import Sampling
 
-    for name, least in {"batch_size": 1, "valid_batches": 0, "samples": 0, "max_tokens": 1}.items():
+    for name, least in {
+        "batch_size": 1,
+        "valid_batches": 0,
+        "samples": 0,
+        "max_tokens": 1,
+        "show": 0,
+    }.items():
         if getattr(args, name) < least:
             raise InputError(f"{name} must be at least {least}, got {getattr(args, name)}")
     sampling = Sampling(**{"seed": 0, **given(args, Sampling)})
