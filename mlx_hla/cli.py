@@ -1,4 +1,4 @@
-"""The command line: `mlx-hla generate | train | eval | info | selftest`.
+"""The command line: `mlx-hla generate | train | eval | info | selftest | lm`.
 
 Flags are the fields of the dataclasses that they fill. What a user got wrong is told in one line on stderr,
 with a non-zero exit status: 1, or 2 for flags that do not parse; 130 after Ctrl-C. MLX_HLA_DEBUG=1 shows the
@@ -35,7 +35,10 @@ class Command(NamedTuple):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        sys.stderr.write(f"mlx-hla: error: {' '.join(message.split())} (try {self.prog} --help)\n")
+        message = " ".join(message.split())
+        if len(message) > 600:  # it repeats what came
+            message = f"{message[:200]} ... {message[-200:]}"
+        sys.stderr.write(f"mlx-hla: error: {message} (try {self.prog} --help)\n")
         sys.exit(2)
 
 
@@ -49,6 +52,8 @@ def _generate_arguments(parser):
     add("--prompt", help="text to continue; -, or no --prompt: read it from stdin")
     add("--model", help="folder of a model; by default the one that ships with the package")
     add("--max-tokens", type=int, default=256, help="tokens at most")
+    add("--save-state", metavar="FILE", help="keep what the prompt leaves in the model, to go on from later")
+    add("--load-state", metavar="FILE", help="go on from there; --prompt, if given, is read after it")
     add("--stop", action="append", default=[], help=r"stop before this text (\n and \t count); repeatable")
     add("--json", action="store_true", help="print one JSON object instead of the stream")
     add("--quiet", action="store_true", help="print the text only")
@@ -61,13 +66,19 @@ def _generate(args) -> int:
     from mlx_hla.sampling import Sampling
 
     sampling = Sampling(**given(args, Sampling))
-    prompt = _read_prompt(args.prompt)
+    # What was read before needs no more text to go on; stdin is then read only if asked for.
+    prompt = "" if args.load_state is not None and args.prompt is None else _read_prompt(args.prompt)
     if len(prompt) > LONG_PROMPT:
         hint_at_openblas()
     model, tokenizer = load(args.model)
     stops = [s.replace("\\n", "\n").replace("\\t", "\t") for s in args.stop]
     chunks = stream_generate(
-        model, tokenizer, prompt, max_tokens=args.max_tokens, sampling=sampling, stop=stops
+        model,
+        tokenizer,
+        _after_state(args, model, tokenizer, prompt),
+        max_tokens=args.max_tokens,
+        sampling=sampling,
+        stop=stops,
     )
     text = []
     show = not args.json
@@ -87,6 +98,23 @@ def _generate(args) -> int:
         print(f"Generation: {chunk.generation_tokens} tokens, {chunk.generation_tps:.3f} tokens-per-sec")
         print(f"Peak memory: {chunk.peak_memory:.3f} GB")
     return 0
+
+
+def _after_state(args, model, tokenizer, prompt: str):
+    """What to go on from: the prompt, or what the model holds of it where states are loaded or saved."""
+    from mlx_hla.generate import read
+    from mlx_hla.models.snapshot import load_snapshot, save_snapshot
+
+    if args.load_state is None and args.save_state is None:
+        return prompt
+    state = None if args.load_state is None else load_snapshot(args.load_state, model)
+    if prompt or state is None:
+        state = read(model, tokenizer.encode(prompt, bos=state is None), state)
+    if args.save_state is not None:
+        save_snapshot(args.save_state, model, state)
+        size = os.path.getsize(args.save_state) / 1e6
+        sys.stderr.write(f"mlx-hla: state after {state.length} tokens in {args.save_state}, {size:.2f} MB\n")
+    return state
 
 
 def _read_prompt(prompt: str | None) -> str:
@@ -175,7 +203,13 @@ def _eval(args) -> int:
     from mlx_hla.models import load
     from mlx_hla.sampling import Sampling
 
-    for name, least in {"batch_size": 1, "valid_batches": 0, "samples": 0, "max_tokens": 1}.items():
+    for name, least in {
+        "batch_size": 1,
+        "valid_batches": 0,
+        "samples": 0,
+        "max_tokens": 1,
+        "show": 0,
+    }.items():
         if getattr(args, name) < least:
             raise InputError(f"{name} must be at least {least}, got {getattr(args, name)}")
     sampling = Sampling(**{"seed": 0, **given(args, Sampling)})
@@ -288,6 +322,21 @@ def _selftest(args) -> int:
     return selftest.run(args)
 
 
+# --- lm
+
+
+def _lm_arguments(parser):
+    add = parser.add_argument
+    add("lm_command", metavar="COMMAND", help="generate, server, lora, fuse, convert or another of mlx-lm's")
+    add("arguments", nargs=argparse.REMAINDER, help="its own flags; --help lists them")
+
+
+def _lm(args) -> int:
+    from mlx_hla import mlx_lm
+
+    return mlx_lm.run(args.lm_command, args.arguments)
+
+
 COMMANDS = {
     "generate": Command("continue a text", _generate_arguments, _generate),
     "train": Command("train a model, on the Python standard library or your text", _train_arguments, _train),
@@ -296,6 +345,7 @@ COMMANDS = {
     "selftest": Command(
         "run every Metal kernel on this machine and check it", _selftest_arguments, _selftest
     ),
+    "lm": Command("run a command of mlx-lm's, which then knows these models", _lm_arguments, _lm),
 }
 
 

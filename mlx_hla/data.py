@@ -24,6 +24,7 @@ import numpy as np
 
 from mlx_hla.errors import InputError
 from mlx_hla.files import as_path, open_regular
+from mlx_hla.losses import check_stream
 from mlx_hla.settings import check_number, check_whole, parse_json
 from mlx_hla.tokenizer import Tokenizer
 
@@ -244,6 +245,7 @@ class Batches:
         check_whole("batch_size", batch_size, 1)
         check_whole("context", context, 1)
         check_whole("seed", seed, 0)
+        check_stream(stream)
         if len(stream) < context + 1:
             raise InputError(
                 f"the corpus has {len(stream)} tokens, fewer than one window of {context} + 1; "

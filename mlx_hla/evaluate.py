@@ -97,7 +97,11 @@ def parse_share(
     check_whole("max_tokens", max_tokens, 1)
     if not headers:
         raise InputError("no function headers to complete: the validation text is no Python with functions")
+    if not isinstance(headers, list | tuple) or not all(isinstance(header, str) for header in headers):
+        raise InputError(f"headers must be a list of texts, got {repr(headers)[:60]}")
     sampling = Sampling(seed=0) if sampling is None else sampling
+    if not isinstance(sampling, Sampling):
+        raise InputError(f"sampling must be a Sampling, got {repr(sampling)[:60]}")
     rng = random.Random(sampling.seed)
     texts = []
     for n in range(samples):

@@ -43,6 +43,13 @@ def token_losses(model: nn.Module, params: dict, tokens: mx.array, **options) ->
     return nn.losses.cross_entropy(logits.astype(mx.float32), tokens[:, 1:], reduction="none")
 
 
+def check_stream(stream: object) -> None:
+    """Tokens in one row, as `data.encode_texts` gives them."""
+    if not isinstance(stream, np.ndarray) or stream.ndim != 1 or stream.dtype.kind not in "iu":
+        got = f"{stream.dtype} {stream.shape}" if isinstance(stream, np.ndarray) else repr(stream)[:60]
+        raise InputError(f"a stream of tokens must be integers [T] of NumPy, got {got}")
+
+
 def windows(stream: np.ndarray, batch_size: int, context: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The stream in order, every token predicted once: (tokens [B, context + 1], real [B, context]).
 
@@ -50,7 +57,10 @@ def windows(stream: np.ndarray, batch_size: int, context: int) -> Iterator[tuple
     """
     if len(stream) < 2:
         raise InputError(f"the validation text has {len(stream)} tokens: too few to predict one from another")
+    # Rows and columns of padding alone would be memory and work for nothing.
+    context = min(context, len(stream) - 1)
     starts = range(0, len(stream) - 1, context)
+    batch_size = min(batch_size, len(starts))
     for first in range(0, len(starts), batch_size):
         tokens = np.zeros((batch_size, context + 1), np.int32)
         real = np.zeros((batch_size, context), bool)
@@ -78,6 +88,12 @@ class Scorer:
         check_whole("batch_size", batch_size, 1)
         check_whole("context", context, 1)
         check_whole("max_batches", max_batches, 0)
+        check_stream(stream)
+        if not isinstance(token_sizes, np.ndarray) or len(token_sizes) <= stream.max(initial=0):
+            got = f"{len(token_sizes)}" if isinstance(token_sizes, np.ndarray) else repr(token_sizes)[:60]
+            raise InputError(f"token_sizes must be an array with a size for every token, got {got}")
+        if not isinstance(dtype, mx.Dtype) or not mx.issubdtype(dtype, mx.floating):
+            raise InputError(f"dtype must be a float type of mlx.core, got {repr(dtype)[:60]}")
         self._batches: list[tuple[mx.array, mx.array]] = []
         self.bytes = 0
         for tokens, real in windows(stream, batch_size, context):

@@ -45,7 +45,7 @@ def check_types(settings: Any) -> None:
             raise InputError(f"{field.name} must be finite, got {repr(value)[:60]}")
 
 
-def _is_finite(value: float) -> bool:
+def _is_finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
     except OverflowError:  # an int beyond every float

@@ -21,8 +21,8 @@ RANKS = [
     {"ops", "data"},
     {"nn"},
     {"models"},
-    {"generate", "train", "evaluate", "selftest"},
-    {"cli", "__main__"},
+    {"generate", "reading", "train", "evaluate", "selftest", "mlx_lm"},
+    {"cli", "__main__", "pretrained"},
 ]
 ACROSS = {
     ("files", "errors"),
@@ -34,6 +34,7 @@ ACROSS = {
     ("losses", "settings"),
     ("losses", "trees"),
     ("evaluate", "generate"),
+    ("reading", "generate"),
     ("__main__", "cli"),
 }
 RANK = {part: i for i, parts in enumerate(RANKS) for part in parts}

@@ -64,13 +64,13 @@ class ModelConfig:
         if isinstance(self.operator, str):
             if self.operator not in OPERATORS:
                 known = ", ".join(OPERATORS)
-                raise InputError(f"operator must be {known} or an order, got {self.operator!r}")
+                raise InputError(f"operator must be {known} or an order, got {repr(self.operator)[:60]}")
         elif not 1 <= self.operator <= MAX_ORDER:
             raise InputError(f"an operator's order must be from 1 to {MAX_ORDER}, got {self.operator}")
         for name, allowed in {"decay": ("gate", "fixed", None), "qk_norm": ("rms", "l2", None)}.items():
             value = getattr(self, name)
             if value not in allowed:
-                raise InputError(f"{name} must be {', '.join(map(str, allowed))}, got {value!r}")
+                raise InputError(f"{name} must be {', '.join(map(str, allowed))}, got {repr(value)[:60]}")
         if self.operator == "softmax" and self.qk_norm == "l2":
             raise InputError("the softmax operator takes qk_norm rms or None, got l2")
         if self.conv_size == 1:

@@ -56,9 +56,10 @@ def quantize_as(model: nn.Module, entry: object, names: Collection[str], source:
 def _checked(values: object, source: str) -> Entry:
     if not isinstance(values, dict) or set(values) - set(KEYS) or not {"group_size", "bits"} <= set(values):
         raise InputError(f"{source}: quantization needs group_size and bits, may have mode, and nothing else")
-    for key in ("group_size", "bits"):
-        if type(values[key]) is not int or not 1 <= values[key] <= 1024:
-            raise InputError(f"{source}: quantization's {key} must be a number, got {repr(values[key])[:40]}")
+    for key, most in (("group_size", 1024), ("bits", 8)):
+        if type(values[key]) is not int or not 1 <= values[key] <= most:
+            got = repr(values[key])[:40]
+            raise InputError(f"{source}: quantization's {key} must be a number from 1 to {most}, got {got}")
     mode = values.get("mode", "affine")
     if mode not in MODES:
         raise InputError(f"{source}: quantization's mode must be {', '.join(MODES)}, got {repr(mode)[:40]}")

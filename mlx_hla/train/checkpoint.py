@@ -25,7 +25,7 @@ from mlx_hla.train.step import Trainer
 from mlx_hla.trees import finite, flat
 
 WEIGHTS, OPTIMIZER, PROGRESS = "weights.safetensors", "optimizer.safetensors", "progress.json"
-_NAME = re.compile(r"checkpoint-(\d{8})")
+_NAME = re.compile(r"checkpoint-([0-9]{8})")
 
 
 class Checkpoint(NamedTuple):

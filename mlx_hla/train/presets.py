@@ -73,7 +73,7 @@ class TrainConfig:
         if not 0 < self.valid_fraction < 1:
             raise InputError(f"valid_fraction must be between 0 and 1, got {self.valid_fraction}")
         if self.dtype not in DTYPES:
-            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {repr(self.dtype)[:60]}")
 
     @classmethod
     def from_dict(cls, values: object, name: str = "settings") -> TrainConfig:
@@ -123,7 +123,7 @@ def preset(
 ) -> tuple[ModelConfig, TrainConfig]:
     """A preset's settings with some fields replaced."""
     if not isinstance(name, str) or name not in PRESETS:
-        raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {repr(name)[:60]}")
     chosen = PRESETS[name]
     return _replaced(chosen.model, model, "model"), _replaced(chosen.train, train, "train")
 

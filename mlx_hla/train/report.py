@@ -133,8 +133,10 @@ def _is_event(event: object) -> bool:
     """Whether a line of a log is one that a run wrote, with the numbers that the picture needs."""
     if not isinstance(event, dict) or not isinstance(event.get("event"), str):
         return False
-    numbers = [event.get(name) for name in _NUMBERS.get(event["event"], ())]
-    return type(event.get("step")) is int and all(type(n) in (int, float) for n in numbers)
+    numbers: list[Any] = [event.get(name) for name in _NUMBERS.get(event["event"], ())]
+    if type(event.get("step")) is not int or any(type(n) not in (int, float) for n in numbers):
+        return False
+    return all(abs(n) < 1e100 for n in numbers)  # what a picture can show
 
 
 def _kept(path: Path, start: int) -> list[dict]:
