@@ -65,7 +65,10 @@ def save(folder: str | Path, model: LanguageModel, tokenizer: Tokenizer, dtype: 
     config = dataclasses.asdict(model.config)
     if (entry := entry_of(model)) is not None:
         config[QUANTIZATION] = entry
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{folder}: cannot make this folder ({e.strerror or e})") from e
     write_atomic(folder / TOKENIZER, lambda file: file.write(tokenizer.proto))
     write_atomic(folder / CONFIG, lambda file: file.write((json.dumps(config, indent=2) + "\n").encode()))
     write_atomic(folder / WEIGHTS, lambda file: mx.save_safetensors(file, weights, {"format": "mlx"}))
