@@ -1,4 +1,4 @@
-"""The command line: `mlx-hla generate | train | eval | info | selftest`.
+"""The command line: `mlx-hla generate | train | eval | info | selftest | lm`.
 
 Flags are the fields of the dataclasses that they fill. What a user got wrong is told in one line on stderr,
 with a non-zero exit status: 1, or 2 for flags that do not parse; 130 after Ctrl-C. MLX_HLA_DEBUG=1 shows the
@@ -13,12 +13,16 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from mlx_hla import __version__
 from mlx_hla.errors import InputError, about_import
+from mlx_hla.flags import add_fields, given
+from mlx_hla.process import give_up_stdout, hint_at_openblas, open_standard_streams, prefer_openblas
+from mlx_hla.progress import progress
 
 MAX_PROMPT_BYTES = 1 << 24
+LONG_PROMPT = 2000  # characters whose reading is felt on a CPU
 
 
 class Command(NamedTuple):
@@ -30,53 +34,12 @@ class Command(NamedTuple):
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         message = " ".join(message.split())
-        short = (
-            message if len(message) <= 600 else f"{message[:200]} ... {message[-200:]}"
-        )  # it repeats what came
-        sys.stderr.write(f"mlx-hla: error: {short} (try {self.prog} --help)\n")
+        if len(message) > 600:  # it repeats what came
+            message = f"{message[:200]} ... {message[-200:]}"
+        sys.stderr.write(f"mlx-hla: error: {message} (try {self.prog} --help)\n")
         sys.exit(2)
-
-
-# --- flags from dataclasses
-
-
-def _number_or_text(text: str) -> int | str:
-    return int(text) if text.isascii() and text.isdigit() else text
-
-
-_PARSERS = {"int": int, "float": float, "str": str, "str | int": _number_or_text}
-
-
-def _optional(parse: Callable) -> Callable:
-    def parser(text: str):
-        return None if text.lower() == "none" else parse(text)
-
-    parser.__name__ = parse.__name__  # argparse names it in its errors
-    return parser
-
-
-def add_fields(parser, cls: type, defaults: object | None = None, skip: tuple[str, ...] = ()) -> None:
-    """Add a flag per field of a dataclass. Only the flags that are given end up in the namespace."""
-    defaults = cls() if defaults is None else defaults
-    for field in dataclasses.fields(cls):
-        if field.name in skip:
-            continue
-        shown = str(getattr(defaults, field.name)).lower()
-        options = {"default": argparse.SUPPRESS, "help": f"{field.metadata['help']} (default: {shown})"}
-        if field.type == "bool":
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            parse = _PARSERS[field.type.removesuffix(" | None")]
-            options["type"] = _optional(parse) if field.type.endswith("None") else parse
-            options["metavar"] = "NAME" if parse is _number_or_text else parse.__name__.upper()
-        parser.add_argument("--" + field.name.replace("_", "-"), **options)
-
-
-def given(args: argparse.Namespace, cls: type) -> dict:
-    """The fields of the dataclass that flags were given for."""
-    return {f.name: getattr(args, f.name) for f in dataclasses.fields(cls) if hasattr(args, f.name)}
 
 
 # --- generate
@@ -89,6 +52,8 @@ def _generate_arguments(parser):
     add("--prompt", help="text to continue; -, or no --prompt: read it from stdin")
     add("--model", help="folder of a model; by default the one that ships with the package")
     add("--max-tokens", type=int, default=256, help="tokens at most")
+    add("--save-state", metavar="FILE", help="keep what the prompt leaves in the model, to go on from later")
+    add("--load-state", metavar="FILE", help="go on from there; --prompt, if given, is read after it")
     add("--stop", action="append", default=[], help=r"stop before this text (\n and \t count); repeatable")
     add("--json", action="store_true", help="print one JSON object instead of the stream")
     add("--quiet", action="store_true", help="print the text only")
@@ -101,11 +66,19 @@ def _generate(args) -> int:
     from mlx_hla.sampling import Sampling
 
     sampling = Sampling(**given(args, Sampling))
-    prompt = _read_prompt(args.prompt)
+    # What was read before needs no more text to go on; stdin is then read only if asked for.
+    prompt = "" if args.load_state is not None and args.prompt is None else _read_prompt(args.prompt)
+    if len(prompt) > LONG_PROMPT:
+        hint_at_openblas()
     model, tokenizer = load(args.model)
     stops = [s.replace("\\n", "\n").replace("\\t", "\t") for s in args.stop]
     chunks = stream_generate(
-        model, tokenizer, prompt, max_tokens=args.max_tokens, sampling=sampling, stop=stops
+        model,
+        tokenizer,
+        _after_state(args, model, tokenizer, prompt),
+        max_tokens=args.max_tokens,
+        sampling=sampling,
+        stop=stops,
     )
     text = []
     show = not args.json
@@ -125,6 +98,23 @@ def _generate(args) -> int:
         print(f"Generation: {chunk.generation_tokens} tokens, {chunk.generation_tps:.3f} tokens-per-sec")
         print(f"Peak memory: {chunk.peak_memory:.3f} GB")
     return 0
+
+
+def _after_state(args, model, tokenizer, prompt: str):
+    """What to go on from: the prompt, or what the model holds of it where states are loaded or saved."""
+    from mlx_hla.generate import read
+    from mlx_hla.models.snapshot import load_snapshot, save_snapshot
+
+    if args.load_state is None and args.save_state is None:
+        return prompt
+    state = None if args.load_state is None else load_snapshot(args.load_state, model)
+    if prompt or state is None:
+        state = read(model, tokenizer.encode(prompt, bos=state is None), state)
+    if args.save_state is not None:
+        save_snapshot(args.save_state, model, state)
+        size = os.path.getsize(args.save_state) / 1e6
+        sys.stderr.write(f"mlx-hla: state after {state.length} tokens in {args.save_state}, {size:.2f} MB\n")
+    return state
 
 
 def _read_prompt(prompt: str | None) -> str:
@@ -169,6 +159,7 @@ def _train(args) -> int:
     from mlx_hla.train import PRESETS, TrainConfig, preset, resume, train
 
     model, settings = given(args, ModelConfig), given(args, TrainConfig)
+    hint_at_openblas()
     if args.resume:
         extra = sorted({*model, *settings} - {"out", "steps"})
         if extra:
@@ -233,21 +224,23 @@ def _eval(args) -> int:
         dtype=compute_dtype(),
         max_batches=args.valid_batches,
     )
-    result = {
-        "corpus": corpus.describe(),
-        "valid_bytes": scorer.bytes,
-        "nats_per_byte": scorer(model.parameters()),
-    }
-    samples = []
+    hint_at_openblas()
+    result: dict[str, Any] = {"corpus": corpus.describe(), "valid_bytes": scorer.bytes}
+    with progress(scorer.batches, "batch") as one_more:
+        result["nats_per_byte"] = scorer(model.parameters(), one_more)
+    samples: list[str] = []
     if args.samples:
-        share, count, samples = evaluate.parse_share(
-            model,
-            tokenizer,
-            evaluate.function_headers(corpus.valid),
-            samples=args.samples,
-            max_tokens=args.max_tokens,
-            sampling=sampling,
-        )
+        headers = evaluate.function_headers(corpus.valid)
+        with progress(args.samples, "sample") as one_more:
+            share, count, samples = evaluate.parse_share(
+                model,
+                tokenizer,
+                headers,
+                samples=args.samples,
+                max_tokens=args.max_tokens,
+                sampling=sampling,
+                on_sample=one_more,
+            )
         result |= {"samples": count, "parse_share": share, "sampling": vars(sampling)}
     if args.json:
         print(json.dumps(result))
@@ -284,12 +277,12 @@ def _info(args) -> int:
     for name, count in parameter_counts(model).items():
         kind = "mixers" if ".mixer." in name else "mlps" if ".mlp." in name else name.split(".")[0]
         parts[kind if kind in parts else "norms"] += count
-    state = {}
+    state: dict[str, int] = {}
     for tokens in (1, 1024):
         cache = model.make_cache()
         model.features(mx.full((1, tokens), tokenizer.bos_id), cache)
         state[str(tokens)] = cache_bytes(cache)
-    result = {
+    result: dict[str, Any] = {
         "model": str(folder),
         "config": dataclasses.asdict(config),
         "quantization": entry_of(model),
@@ -329,6 +322,21 @@ def _selftest(args) -> int:
     return selftest.run(args)
 
 
+# --- lm
+
+
+def _lm_arguments(parser):
+    add = parser.add_argument
+    add("lm_command", metavar="COMMAND", help="generate, server, lora, fuse, convert or another of mlx-lm's")
+    add("arguments", nargs=argparse.REMAINDER, help="its own flags; --help lists them")
+
+
+def _lm(args) -> int:
+    from mlx_hla import mlx_lm
+
+    return mlx_lm.run(args.lm_command, args.arguments)
+
+
 COMMANDS = {
     "generate": Command("continue a text", _generate_arguments, _generate),
     "train": Command("train a model, on the Python standard library or your text", _train_arguments, _train),
@@ -337,6 +345,7 @@ COMMANDS = {
     "selftest": Command(
         "run every Metal kernel on this machine and check it", _selftest_arguments, _selftest
     ),
+    "lm": Command("run a command of mlx-lm's, which then knows these models", _lm_arguments, _lm),
 }
 
 
@@ -357,31 +366,10 @@ def make_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def _open_standard_streams() -> None:
-    """Where stdin, stdout or stderr was closed, the next file would get its number, and what is printed."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
-            if getattr(sys, name) is None and number:
-                setattr(sys, name, os.fdopen(number, "w"))
-
-
-def _give_up_stdout() -> None:
-    """Python would complain once more when it closes a stdout that takes nothing."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    _open_standard_streams()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no error
+    open_standard_streams()
+    prefer_openblas()
     try:
         chosen = next((a for a in argv if not a.startswith("-")), None)
         args = make_parser(chosen).parse_args(argv)
@@ -391,7 +379,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except BrokenPipeError:
-        _give_up_stdout()  # the reader has gone
+        give_up_stdout()  # the reader has gone
         return 141
     except Exception as e:
         if os.environ.get("MLX_HLA_DEBUG"):
@@ -399,6 +387,6 @@ def main(argv: list[str] | None = None) -> int:
         kind = "" if isinstance(e, InputError | OSError | ImportError) else f"{type(e).__name__}: "
         text = about_import(e) if isinstance(e, ImportError) else str(e)
         message, status = kind + (" ".join(text.split()) or type(e).__name__), 1
-        _give_up_stdout()
+        give_up_stdout()
     sys.stderr.write(f"mlx-hla: error: {message}\n")
     return status

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +14,7 @@ from mlx_hla.devices import compiled
 from mlx_hla.errors import InputError
 from mlx_hla.models import LanguageModel
 from mlx_hla.models.lm import check_tokens
+from mlx_hla.models.snapshot import LAST_TOKENS, Snapshot
 from mlx_hla.nn.cache import KVCache, arrays, eval_cache, fill
 from mlx_hla.sampling import Sampling
 from mlx_hla.settings import check_whole
@@ -35,6 +37,25 @@ def prefill(model: LanguageModel, tokens: mx.array, cache: list, chunk: int = PR
     return model.embedding.as_linear(x[:, -1])
 
 
+def read(
+    model: LanguageModel,
+    tokens: Sequence[int] | mx.array,
+    after: Snapshot | None = None,
+    chunk: int = PREFILL_TOKENS,
+) -> Snapshot:
+    """What the model holds of tokens [T], read at the beginning or `after` what it read before."""
+    ids = as_tokens(tokens)
+    cache = model.make_cache() if after is None else after.fork()
+    logits = prefill(model, ids[None] if ids.ndim == 1 else ids, cache, chunk)
+    if logits.shape[0] != 1:
+        raise InputError(f"a snapshot is of one text, got {logits.shape[0]}")
+    mx.eval(logits)
+    eval_cache(cache)
+    ids = ids.flatten().astype(mx.int32)
+    seen = ids if after is None else mx.concatenate([after.tokens, ids])
+    return Snapshot(cache, logits, seen[-LAST_TOKENS:], ids.size + (0 if after is None else after.length))
+
+
 def _sampling(sampling: Sampling | None) -> Sampling:
     if sampling is None:
         return Sampling()
@@ -43,7 +64,7 @@ def _sampling(sampling: Sampling | None) -> Sampling:
     return sampling
 
 
-def _token_array(prompt: Sequence[int] | np.ndarray | mx.array) -> mx.array:
+def as_tokens(prompt: Sequence[int] | np.ndarray | mx.array) -> mx.array:
     """Ids as they were given: no dtype may wrap or round them before they are checked."""
     if isinstance(prompt, mx.array):
         return prompt
@@ -103,33 +124,42 @@ def make_decoder(model: LanguageModel, sampling: Sampling, cache: list):
 
 def generate_step(
     model: LanguageModel,
-    prompt: Sequence[int] | mx.array,
+    prompt: Sequence[int] | mx.array | Snapshot,
     *,
     sampling: Sampling | None = None,
     max_tokens: int = -1,
     cache: list | None = None,
     chunk: int = PREFILL_TOKENS,
-) -> Iterator[tuple[mx.array, mx.array]]:
+) -> Iterator[tuple[Any, mx.array]]:
     """Yield (tokens, logits) for ever, or `max_tokens` times.
 
     A prompt [T] yields tokens as ints and logits [V]; a batch of prompts of equal length [B, T] yields arrays
-    [B] and [B, V]. A cache of earlier calls is continued, and holds all but the last token afterwards.
+    [B] and [B, V]. A cache of earlier calls is continued, and holds all but the last token afterwards. A
+    `Snapshot` in the place of the prompt is a prompt that was read before.
     """
     check_whole("max_tokens", max_tokens, -1)
     sampling = _sampling(sampling)
-    ids = _token_array(prompt)
+    if isinstance(prompt, Snapshot):
+        history = _history(sampling, prompt.tokens[None])
+        yield from _decode(model, sampling, prompt.fork(), prompt.logits, history, max_tokens, True)
+        return
+    ids = as_tokens(prompt)
     single = ids.ndim == 1
     tokens = ids[None] if single else ids
     cache = model.make_cache() if cache is None else cache
     logits = prefill(model, tokens, cache, chunk)
     tokens = tokens.astype(mx.int32)
     eval_cache(cache)
-    history = None
-    if sampling.penalizes:
-        W = sampling.repetition_window
-        blank = mx.full((tokens.shape[0], max(0, W - tokens.shape[1])), -1, mx.int32)
-        history = mx.concatenate([blank, tokens[:, -W:]], axis=1)
-    yield from _decode(model, sampling, cache, logits, history, max_tokens, single)
+    yield from _decode(model, sampling, cache, logits, _history(sampling, tokens), max_tokens, single)
+
+
+def _history(sampling: Sampling, tokens: mx.array) -> mx.array | None:
+    """The tokens [B, W] that a repetition penalty looks back at; -1 where there was none."""
+    if not sampling.penalizes:
+        return None
+    W = sampling.repetition_window
+    blank = mx.full((tokens.shape[0], max(0, W - tokens.shape[1])), -1, mx.int32)
+    return mx.concatenate([blank, tokens[:, -W:]], axis=1)
 
 
 def _decode(model, sampling, cache, logits, history, max_tokens, single):
@@ -207,14 +237,14 @@ class Chunk:
 def stream_generate(
     model: LanguageModel,
     tokenizer: Tokenizer,
-    prompt: str | Sequence[int] | mx.array,
+    prompt: str | Sequence[int] | mx.array | Snapshot,
     *,
     max_tokens: int = 256,
     sampling: Sampling | None = None,
     stop: str | Sequence[str] = (),
     chunk: int = PREFILL_TOKENS,
 ) -> Iterator[Chunk]:
-    """Continue `prompt` (a text that begins a document, or tokens) and yield the text as it comes.
+    """Continue `prompt` (a text that begins a document, tokens, a `Snapshot`) and yield the text as it comes.
 
     `stop`: a text, or several, before which to end.
     """
@@ -225,11 +255,12 @@ def stream_generate(
     if isinstance(prompt, str):
         if not prompt:
             raise InputError("the prompt has no tokens: give some text to continue")
-        ids = mx.array(tokenizer.encode(prompt, bos=True))
-    else:
-        ids = _token_array(prompt)
-    if ids.ndim != 1:
-        raise InputError(f"the prompt must be one text or its tokens [T], got {ids.shape}")
+        prompt = mx.array(tokenizer.encode(prompt, bos=True))
+    if not isinstance(prompt, Snapshot):
+        prompt = as_tokens(prompt)
+        if prompt.ndim != 1:
+            raise InputError(f"the prompt must be one text or its tokens [T], got {prompt.shape}")
+    prompt_tokens = prompt.length if isinstance(prompt, Snapshot) else prompt.size
     if tokenizer.vocab_size < model.config.vocab_size:
         raise InputError(
             f"the model writes {model.config.vocab_size} tokens, of which the tokenizer knows "
@@ -238,7 +269,7 @@ def stream_generate(
     detokenizer, watch = tokenizer.stream(), StopWatch(stop)
     start = time.perf_counter()
     prompt_time, begun, reason = 0.0, start, None
-    steps = generate_step(model, ids, sampling=sampling, max_tokens=max_tokens, chunk=chunk)
+    steps = generate_step(model, prompt, sampling=sampling, max_tokens=max_tokens, chunk=chunk)
     for count, (token, _) in enumerate(steps, 1):
         now = time.perf_counter()
         if count == 1:
@@ -257,8 +288,8 @@ def stream_generate(
         yield Chunk(
             text,
             token,
-            prompt_tokens=ids.size,
-            prompt_tps=ids.size / max(prompt_time, 1e-9),
+            prompt_tokens=prompt_tokens,
+            prompt_tps=prompt_tokens / max(prompt_time, 1e-9),
             generation_tokens=count,
             # The first token comes out of the prompt's pass: the rate counts what came after it.
             generation_tps=(count - 1) / max(now - begun, 1e-9) if count > 1 else 0.0,

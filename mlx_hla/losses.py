@@ -109,6 +109,10 @@ class Scorer:
 
         self._total = compiled(total)
 
+    @property
+    def batches(self) -> int:
+        return len(self._batches)
+
     def __call__(self, params: dict, on_batch: Callable[[int, int], object] = lambda done, of: None) -> float:
         """`on_batch` hears of each batch before it is computed, and may raise to leave off."""
         nats = 0.0

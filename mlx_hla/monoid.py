@@ -2,8 +2,8 @@
 
 A segment is a run of neighbouring tokens. Its state holds what it would leave in the streaming state if
 it came first, and what it needs to extend a carry from before it. `combine(a, b)` is "a, then b": Eqs.
-4.1, 6.2 and 7.7 in decayed forms (the paper's decayed forms are not associative: see the errata in the
-README).
+4.1, 6.2 and 7.7 in decayed forms (the paper's decayed forms are not associative: see the errata in
+`reference/README.md`).
 
 Everything here uses `*`, `+`, `@` and indexing only, so it runs on NumPy and MLX arrays alike, with any
 leading axes: matrices are [.., D, V] or [.., D, D], vectors are columns [.., D, 1], ρ = Π g is a number

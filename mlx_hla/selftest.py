@@ -214,8 +214,8 @@ def _error(got: Sequence[mx.array], want: Sequence[np.ndarray], names: Sequence[
     for x, y, name in zip(got, want, names, strict=True):
         if tuple(x.shape) != y.shape:
             raise ValueError(f"{name} is {tuple(x.shape)}, expected {y.shape}")
-        x = np.array(x.astype(mx.float32), np.float64)
-        error = float(np.linalg.norm(x - y) / (np.linalg.norm(y) or 1.0))
+        difference = np.array(x.astype(mx.float32), np.float64) - y
+        error = float(np.linalg.norm(difference) / (np.linalg.norm(y) or 1.0))
         if not error <= worst[0]:  # NaN is the largest
             worst = (error, name)
         if np.isnan(error):
@@ -274,7 +274,7 @@ def machine() -> dict[str, str]:
     return {
         "chip": str(mx.device_info().get("device_name", "unknown")),
         "system": system,
-        "mlx": mx.__version__,
+        "mlx": mx.__version__,  # type: ignore[attr-defined]
         "mlx_hla": mlx_hla.__version__,
         "python": platform.python_version(),
     }
@@ -304,7 +304,7 @@ def _line(cells) -> str:
 
 def row(r: Result) -> str:
     ratio = r.ops_ms / r.kernel_ms
-    cells = (r.case.kernel, r.case.dtype, str(r.case.shape), f"{r.error:.1e}", f"{r.tolerance:.1e}")
+    cells = [r.case.kernel, r.case.dtype, str(r.case.shape), f"{r.error:.1e}", f"{r.tolerance:.1e}"]
     cells += (f"{r.ops_error:.1e}", f"{r.kernel_ms:.3f}", f"{r.ops_ms:.3f}", f"{ratio:.2f}")
     line = _line((*cells, "pass" if r.passed else "FAIL"))
     return line if r.passed else f"{line}  ({r.worst})"

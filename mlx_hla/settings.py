@@ -36,15 +36,16 @@ _TYPES: dict[str, tuple[type, ...]] = {
 def check_types(settings: Any) -> None:
     """Check every field of a dataclass instance against its annotation; numbers must be finite."""
     for field in dataclasses.fields(settings):
-        value, kind = getattr(settings, field.name), str(field.type)
+        value: Any = getattr(settings, field.name)
+        kind = str(field.type)
         allowed = _TYPES[kind]
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
             raise InputError(f"{field.name} must be {kind}, got {repr(value)[:60]}")
-        if "float" in kind and value is not None and not _is_finite(value):
+        if isinstance(value, int | float) and "float" in kind and not _is_finite(value):
             raise InputError(f"{field.name} must be finite, got {repr(value)[:60]}")
 
 
-def _is_finite(value: float) -> bool:
+def _is_finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
     except OverflowError:  # an int beyond every float

@@ -54,6 +54,23 @@ def _twice(*_):
     raise NotImplementedError("[mlx_hla] the operators' gradients cannot be differentiated in reverse again")
 
 
+@mx.custom_function
+def _same(*arrays):
+    return list(arrays)
+
+
+_same.vjp(_twice)
+
+
+def once(tree: Any) -> Any:
+    """The same arrays, which let no gradient through: to differentiate what is made of them raises.
+
+    For a reverse mode that MLX can map and run forwards by itself. `differentiable` would keep all that a
+    gradient reads until the last of its results is there.
+    """
+    return filled(form_of(tree), _listed(_same(*leaves(tree))))
+
+
 def _mapped(function: Callable, vjp: Callable) -> Any:
     """`function` of arrays with its reverse mode, also under vmap: the mapped axis joins the batch."""
     run: Any = mx.custom_function(function)

@@ -2,29 +2,13 @@
 
 import numpy as np
 import pytest
+from ops_reference import OPERATORS as CASES
 
 from mlx_hla import reference as R
 
-OPERATORS = {
-    "first": ("linear_attention", {}),
-    "hla2": ("hla2", {}),
-    "hla2-ridge": ("hla2", {"ridge": 0.3}),
-    "hla2-unmasked": ("hla2", {"masked": False, "ridge": 0.3}),
-    "ahla": ("ahla", {}),
-    "hla3": ("hla3", {}),
-    "hla3-unmasked": ("hla3", {"masked": False}),
-    "hla3-paper": ("hla3", {"convention": "paper"}),
-    "order1": ("hla", {"order": 1}),
-    "order2": ("hla", {"order": 2}),
-    "order3": ("hla", {"order": 3}),
-    "order4": ("hla", {"order": 4}),
-    "order5": ("hla", {"order": 5}),
-    "order6": ("hla", {"order": 6}),
-    "mixed": ("mixed", {}),
-    "mixed-numbers": ("mixed", {"alpha": 0.4, "beta": 0.7}),
-    "readout": ("readout", {}),
-    "readout-numbers": ("readout", {"alpha": 1.2, "beta": 0.7}),
-}
+# By a name of its own: (name of the public function, its options), from the operators' records.
+OPERATORS = {key: (tested.name, tested.options) for key, tested in CASES.items() if not tested.arrays}
+OPERATORS |= {f"order{n}": ("hla", {"order": n}) for n in range(1, 7)}
 each_operator = pytest.mark.parametrize("op", OPERATORS)
 
 

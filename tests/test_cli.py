@@ -227,7 +227,7 @@ def test_help_shows_every_default(capsys):
     for name in cli.COMMANDS:
         status, out, _ = run(capsys, name, "--help")
         assert status == 0
-        assert "default" in out
+        assert "default" in out or name == "lm"  # whose flags are mlx-lm's
     out = " ".join(run(capsys, "train", "--help")[1].split())
     assert "learning rate after the warm-up (default: 0.0015)" in out
     assert run(capsys, "--version")[1] == f"mlx-hla {__version__}\n"

@@ -15,16 +15,18 @@ ROOT = Path(mlx_hla.__file__).parent
 
 # A part imports from lower floors, or from its own where ACROSS says so.
 RANKS = [
-    {"errors", "files", "settings", "devices", "trees", "losses", "monoid", "transforms"},
+    {"errors", "files", "settings", "flags", "process", "progress"}
+    | {"devices", "trees", "losses", "transforms", "monoid"},
     {"kernels", "tokenizer", "reference", "sampling"},
     {"ops", "data"},
     {"nn"},
     {"models"},
-    {"generate", "train", "evaluate", "selftest"},
-    {"cli", "__main__"},
+    {"generate", "reading", "train", "evaluate", "selftest", "mlx_lm"},
+    {"cli", "__main__", "pretrained"},
 ]
 ACROSS = {
     ("files", "errors"),
+    ("progress", "errors"),
     ("settings", "errors"),
     ("settings", "files"),
     ("losses", "errors"),
@@ -32,6 +34,7 @@ ACROSS = {
     ("losses", "settings"),
     ("losses", "trees"),
     ("evaluate", "generate"),
+    ("reading", "generate"),
     ("__main__", "cli"),
 }
 RANK = {part: i for i, parts in enumerate(RANKS) for part in parts}
@@ -156,6 +159,13 @@ def test_the_root_publishes_the_operators():
     exec("from mlx_hla import *", star)
     assert set(names) <= set(star)
     assert not hasattr(mlx_hla, "hla99")
+    assert not hasattr(mlx_hla, "_hidden")
+
+
+@pytest.mark.parametrize("name", ["cli", "errors", "process"])
+def test_modules_come_without_mlx(name):
+    script = f"import sys; from mlx_hla import {name}; sys.exit('mlx.core' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
 NO_MLX = """
@@ -192,11 +202,12 @@ def test_without_mlx_the_command_says_what_to_install(whole):
 
 STOPPED = """
 import builtins, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C
 really = builtins.__import__
-def stopped(name, *rest):
+def stopped(name, *rest, **options):
     if name == {at!r}:
         os.kill(os.getpid(), signal.SIGINT)
-    return really(name, *rest)
+    return really(name, *rest, **options)
 builtins.__import__ = stopped
 sys.argv = ["mlx-hla", "info"]
 from mlx_hla.__main__ import main

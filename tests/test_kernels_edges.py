@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import assert_close, normal, to_numpy
 from kernel_problems import (
+    PLAIN,
     THREADS,
     Case,
     KernelProblem,
@@ -23,7 +24,7 @@ from mlx_hla import reference as R
 from mlx_hla.kernels.plan import LAUNCH_WORK, MIN_BLOCK, segments
 
 pytestmark = needs_standin
-each_family = pytest.mark.parametrize("op", ["first", "hla2", "ahla", "hla3"])
+each_family = pytest.mark.parametrize("op", PLAIN)
 both_schedules = pytest.mark.parametrize("schedule", ["walk", "blocks"])
 CASE = Case(T=70, B=2, Hq=4, Hkv=2, D=16, V=16, decay="gates", carried=True)
 

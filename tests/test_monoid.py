@@ -8,14 +8,10 @@ import pytest
 
 from mlx_hla import monoid as M
 from mlx_hla import reference as R
+from mlx_hla.ops.operator import find
 
 T, D, V = 23, 4, 3
-OPERATORS = {
-    "first": R.serial_linear_attention,
-    "hla2": R.serial_hla2,
-    "ahla": R.serial_ahla,
-    "hla3": R.serial_hla3,
-}
+OPERATORS = {kind: getattr(R, f"serial_{find(kind).name}") for kind in M.KINDS}
 DECAYS = ("none", "fixed", "gates with zeros")
 each_kind = pytest.mark.parametrize("kind", M.KINDS)
 each_decay = pytest.mark.parametrize("decay", DECAYS)

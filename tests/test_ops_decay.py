@@ -1,6 +1,7 @@
 """One rule for the values of a decay that comes as an array, in sequences, steps and their gradients.
 
 Below 0 counts as 0 and above 1 as 1, with a gradient of 0; NaN makes NaN of every output from its token on.
+(Of earlier ones of the same call too, where a product holds 0 · NaN: as with a NaN in q, k or v.)
 """
 
 import mlx.core as mx

@@ -8,6 +8,8 @@ import pytest
 from conftest import assert_close, relative
 from ops_reference import Case, Problem, each_operator, function, leaves
 
+from mlx_hla.ops.operator import choices
+
 LONG = {"T": 4096, "B": 1, "Hq": 2, "Hkv": 2, "D": 64, "V": 64}
 DECAYS = pytest.mark.parametrize("decay", [None, "gates"], ids=["plain", "decay"])
 
@@ -33,7 +35,7 @@ def test_float32_at_4096(op, decay):
 
 @DECAYS
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
-@pytest.mark.parametrize("op", ["first", "hla2", "ahla", "hla3"])
+@pytest.mark.parametrize("op", choices())
 def test_half_at_4096(op, dtype, decay):
     """No worse than twice what rounding the inputs costs. float16 holds no output beyond 65504."""
     want = long_run(op, decay, "f32")[1][0]

@@ -10,6 +10,7 @@ from conftest import assert_close, to_numpy
 from ops_reference import Case, Problem, each_operator, function, leaves, tiny_chunks
 
 from mlx_hla.ops import primitive
+from mlx_hla.ops.operator import choices
 
 GATED = Case(T=20, decay="gates", carried=True)
 COMPILED = Case(T=70, B=1, Hq=2, Hkv=1, decay="heads")
@@ -172,12 +173,13 @@ def counting(f, **options):
 mx.compile = counting
 import mlx_hla
 from mlx_hla import devices
+from mlx_hla.ops.operator import choices, find
 from mlx_hla.ops import places, primitive, scan
 for module in (devices, places, primitive, scan):
     module.on_gpu = lambda: True
 def trace(T):  # builds the graph, computes nothing
     q, k, v, g = (mx.zeros(s, t) for s, t in [((1, T, 2, 8), mx.bfloat16)] * 3 + [((1, T, 2), mx.float32)])
-    for f in (mlx_hla.linear_attention, mlx_hla.hla2, mlx_hla.ahla, mlx_hla.hla3):
+    for f in (getattr(mlx_hla, find(name).name) for name in choices()):
         f(q, k, v, decay=g, backend="mlx")
         f(q, k, v, backend="mlx")
 for k in range(7, 18):  # every power of two of chunks in a group, and more than one group
@@ -223,7 +225,7 @@ def peak(op, T, D, decayed):
 
 
 @pytest.mark.parametrize("decayed", [False, True], ids=["plain", "decay"])
-@pytest.mark.parametrize("op", ["first", "hla2", "ahla", "hla3"])
+@pytest.mark.parametrize("op", choices())
 def test_memory_grows_with_the_length(op, decayed):
     """Linear in T, and no T×D×D tensor anywhere: one would be D = 128 times q."""
     sizes = [peak(op, T, 128, decayed) for T in (1024, 2048, 4096)]

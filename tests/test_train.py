@@ -8,16 +8,18 @@ import shutil
 import signal
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_hla.data import Batches, bytes_per_token, encode_texts
+from mlx_hla import progress
+from mlx_hla.data import Batches, bytes_per_token, encode_texts, load_corpus
 from mlx_hla.errors import InputError
 from mlx_hla.evaluate import Scorer, cut_function, function_headers, next_statement, parse, parse_share
 from mlx_hla.models import LanguageModel, ModelConfig, load, save
 from mlx_hla.sampling import Sampling
 from mlx_hla.tokenizer import train_tokenizer
-from mlx_hla.train import PRESETS, TrainConfig, loop, preset, report, resume, train
+from mlx_hla.train import PRESETS, TrainConfig, loop, preset, resume, train
 from mlx_hla.train.checkpoint import find_checkpoints
 from mlx_hla.train.step import Trainer
 
@@ -305,11 +307,24 @@ def test_packed_weights_are_no_start(corpus, whole, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_tiny_preset_learns_more_than_frequencies(tmp_path):
+    """In a part of its steps, on the text that is at hand everywhere."""
+    out = tmp_path / "run"
+    config, settings = preset("tiny", {}, {"out": str(out), "steps": 120, "valid_batches": 0})
+    corpus = load_corpus(None, settings.valid_fraction, settings.max_bytes)
+    result = train(config, settings)
+    tokenizer = load(out)[1]
+    counts = np.bincount(encode_texts(tokenizer, corpus.train), minlength=tokenizer.vocab_size) + 1
+    valid = encode_texts(tokenizer, corpus.valid)[1:]
+    nats = -np.log(counts / counts.sum())[valid].sum() / bytes_per_token(tokenizer)[valid].sum()
+    assert result.nats_per_byte < 0.96 * nats
+
+
 def test_missing_packages_are_named_at_the_start(corpus, tmp_path, monkeypatch):
     def missing(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(report.importlib, "import_module", missing)
+    monkeypatch.setattr(progress.importlib, "import_module", missing)
     with pytest.raises(InputError, match=r"pip install 'mlx-hla\[train\]'"):
         train(*configs(corpus, tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -209,15 +209,25 @@ def test_the_estimate_of_memory_is_near_the_peak(model, settings):
 
 @pytest.mark.parametrize("big", [{"batch_size": 10**8 - 1}, {"accumulate": 10**8 - 1, "batch_size": 80}])
 def test_a_step_beyond_memory_is_refused(corpus, tmp_path, big):
-    with pytest.raises(InputError, match=r"a step needs about .* GB and this device has .*: take a smaller"):
+    with pytest.raises(InputError, match=r"a step needs about .* GB and this device has .*B: take a smaller"):
         train(*configs(corpus, tmp_path / "run", **big))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_step_near_the_memory_is_told_so(monkeypatch):
+    need = estimate.step_bytes(ModelConfig(), TrainConfig())
+    for share, words in ((3, False), (1.5, True), (0.6, True)):
+        monkeypatch.setattr(estimate, "device_bytes", lambda s=share: s * need)
+        assert (", of " in estimate.memory(ModelConfig(), TrainConfig())) is words
+    monkeypatch.setattr(estimate, "device_bytes", lambda: 0.4 * need)
+    with pytest.raises(InputError, match="a step needs about"):
+        estimate.memory(ModelConfig(), TrainConfig())
 
 
 def test_a_run_tells_its_memory_and_its_time(corpus, tmp_path, capsys):
     train(*configs(corpus, tmp_path / "run", steps=12, log_every=100))
     said = capsys.readouterr().out
-    assert re.search(r"; about 0\.00\d+ GB of memory\n", said)
+    assert re.search(r"; about \d+ MB of memory\n", said)
     assert re.search(r"^10 steps took \d+\.\d s: about 0 seconds for the 2 left$", said, re.MULTILINE)
     assert estimate.pace(10, 10, 1590) == "10 steps took 10.0 s: about 26 minutes for the 1,590 left"
     assert estimate.pace(100, 10, 1590) == "10 steps took 100.0 s: about 4 hours for the 1,590 left"
@@ -358,7 +368,7 @@ def test_a_signal_in_a_validation_leaves_it_for_the_resumed_run(corpus, tmp_path
         m.setattr(Scorer, "__call__", stopped)
         result = train(*configs(corpus, out))
     assert (result.finished, result.step) == (False, 4)
-    assert batches == [(0, 8), (1, 8)]
+    assert batches == [(0, 37), (1, 37)]
     assert (
         "stopping after a batch of the validation after step 4, which is under way" in capsys.readouterr().out
     )
@@ -406,6 +416,7 @@ FLAGS = "--preset tiny --vocab-size 380 --dims 16 --num-layers 1 --hidden-dims 1
 def test_ctrl_c_is_answered_while_a_pass_is_under_way(corpus, tmp_path, twice):
     out = tmp_path / "run"
     flags = [*FLAGS.split(), "--data", str(corpus), "--out", str(out), "--save-every", "2"]
+    flags += ["--steps", "12"]
     script = LONG.format(seconds=60 if twice else 2)
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", script, *flags],
@@ -419,9 +430,7 @@ def test_ctrl_c_is_answered_while_a_pass_is_under_way(corpus, tmp_path, twice):
     process.send_signal(signal.SIGINT)
     start = time.monotonic()
     answer = process.stdout.readline()
-    assert answer.startswith(
-        "stopping after a forward and backward pass of step 4 of 100, which is under way"
-    )
+    assert answer.startswith("stopping after a forward and backward pass of step 4 of 12, which is under way")
     assert time.monotonic() - start < 1
     if twice:
         process.send_signal(signal.SIGINT)

@@ -1,5 +1,7 @@
 """Models on disk: a folder with `config.json`, `model.safetensors` and `tokenizer.model`.
 
+It is a folder of mlx-lm's as well: `portable` has what that adds, and what `load` takes of mlx-lm's.
+
 A file is checked before it is believed: sizes in the config against limits, then every tensor's name, shape
 and dtype in the safetensors header against the config, then the header against the file's length. Nothing is
 unpickled, and nothing large is allocated for a file that is refused.
@@ -12,6 +14,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +24,7 @@ from mlx.utils import tree_unflatten
 from mlx_hla.devices import on_gpu
 from mlx_hla.errors import InputError
 from mlx_hla.files import as_path, open_regular, unchanged, write_atomic
+from mlx_hla.models import portable
 from mlx_hla.models.config import MAX_PARAMETERS, ModelConfig
 from mlx_hla.models.lm import LanguageModel
 from mlx_hla.models.quantization import entry_of, quantize_as, quantized_modules
@@ -29,7 +33,6 @@ from mlx_hla.tokenizer import Tokenizer
 from mlx_hla.trees import cast, finite, flat, is_float
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
-QUANTIZATION = "quantization"
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_WEIGHTS_BYTES = 9 * MAX_PARAMETERS  # an optimizer's two float32 moments, and a header
@@ -62,16 +65,24 @@ def save(folder: str | Path, model: LanguageModel, tokenizer: Tokenizer, dtype: 
     }
     if not finite(weights):
         raise InputError(f"{folder}: the weights hold NaN or infinity as {dtype}: not saved")
-    config = dataclasses.asdict(model.config)
+    config = dataclasses.asdict(model.config) | portable.entries(model.config, tokenizer)
     if (entry := entry_of(model)) is not None:
-        config[QUANTIZATION] = entry
+        config[portable.QUANTIZATION] = entry
+    added = portable.files(model.config, tokenizer)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"{folder}: cannot make this folder ({e.strerror or e})") from e
-    write_atomic(folder / TOKENIZER, lambda file: file.write(tokenizer.proto))
-    write_atomic(folder / CONFIG, lambda file: file.write((json.dumps(config, indent=2) + "\n").encode()))
+    texts = {TOKENIZER: tokenizer.proto, CONFIG: (json.dumps(config, indent=2) + "\n").encode(), **added}
+    for name, text in texts.items():
+        write_atomic(folder / name, partial(_write, data=text))
+    for name in set(portable.FILES) - set(added):
+        (folder / name).unlink(missing_ok=True)  # of another model, saved here before
     write_atomic(folder / WEIGHTS, lambda file: mx.save_safetensors(file, weights, {"format": "mlx"}))
+
+
+def _write(file: BinaryIO, data: bytes) -> None:
+    file.write(data)
 
 
 def load(folder: str | Path | None = None, dtype: mx.Dtype | None = None) -> tuple[LanguageModel, Tokenizer]:
@@ -86,10 +97,13 @@ def load(folder: str | Path | None = None, dtype: mx.Dtype | None = None) -> tup
         what = "is a file; a model is a folder" if folder.exists() else "no such model folder"
         raise InputError(f"{folder}: {what} with {CONFIG}, {WEIGHTS} and {TOKENIZER}")
     values = read_json(folder / CONFIG)
-    entry = values.pop(QUANTIZATION, None) if isinstance(values, dict) else None
-    config = ModelConfig.from_dict(values, str(folder / CONFIG))
-    tokenizer = Tokenizer.load(folder / TOKENIZER)
-    check_vocabulary(config, tokenizer, folder / TOKENIZER)
+    fields, entry = portable.own_fields(values, str(folder / CONFIG))
+    config = ModelConfig.from_dict(fields, str(folder / CONFIG))
+    portable.check_model_file(folder)
+    portable.check_one_file(folder / WEIGHTS)
+    tokenizer, path = portable.load_tokenizer(folder, TOKENIZER)
+    check_vocabulary(config, tokenizer, path)
+    portable.check_token_ids(values, tokenizer, str(folder / CONFIG))
     model = LanguageModel(config)  # lazy: no weight of it is ever computed
 
     def fit(names):

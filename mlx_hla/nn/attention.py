@@ -25,6 +25,7 @@ Without the output norm, o is as large as it is.
 
 import copy
 import sys
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -39,7 +40,7 @@ from .gate import DecayGate, fixed_decay
 from .inputs import check_array, check_input
 from .padding import packing
 
-_ACTIVATIONS = {"silu": nn.silu, "sigmoid": mx.sigmoid}
+_ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {"silu": nn.silu, "sigmoid": mx.sigmoid}
 _QK_EPS = 1e-6
 _OUT_EPS = 1e-5
 

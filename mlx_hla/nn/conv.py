@@ -69,7 +69,7 @@ class ShortConv(nn.Module):
         runs = None if segment_ids is None else _runs(segment_ids, carry)
 
         weight = self.weight.astype(x.dtype)
-        y = 0
+        y = mx.array(0, x.dtype)
         for i in range(self.width):
             tap = padded[:, i : i + T]
             if runs is not None and i < carry:

@@ -7,7 +7,8 @@ q: `[B, T, Hq, D]`; k: `[B, T, Hkv, D]`; v: `[B, T, Hkv, Dv]`, all of one dtype,
 scale: multiplies every q·k; the same as calling with scale·q.
 decay: None, a number, `[Hkv]` or `[B, T, Hkv]`, in [0, 1]: token t multiplies the state by g_t before
     it adds its own part, so g_t = 0 forgets everything before t. In an array, a value below 0 counts as 0
-    and one above 1 as 1, without a gradient; NaN makes NaN of every output from its token on.
+    and one above 1 as 1, without a gradient; NaN makes NaN of every output from its token on, and may of
+    earlier ones of the same call, as a NaN in q, k or v does.
 normalize: divide by the same operator on v = 1, plus `eps`.
 mask: `[B, T]` boolean, True for a real token. Any other changes no state and outputs 0.
 segment_ids: `[B, T]` integers. The state starts anew at a real token whose id differs from that of the

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import mlx.core as mx
 
+from ..kernels.serve import DTYPES as FLOATS
 from .scan import fuse
-
-FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 
 
 def fail(op: str, what: str, got: Any) -> NoReturn:
@@ -224,10 +223,8 @@ def canonical(
     segment_ids: mx.array | None = None,
 ) -> Call:
     """Check one call over a sequence and fold mask and segments into q, k, v, the decay and the options."""
-    _qkv(op, q, k, v, "T, ")
-    B, T, Hq, Hkv = (*q.shape[:3], k.shape[2])
-    g = decay_array(op, decay, (B, T), Hkv)
-    own = _own(op, options, given or {}, (B, T), Hq)
+    call = _checked(op, q, k, v, "T, ", options, given, scale, decay, normalize, eps)
+    B, T = call.q.shape[:2]
     for name, x in (("mask", mask), ("segment_ids", segment_ids)):
         if x is not None and (not isinstance(x, mx.array) or x.shape != (B, T)):
             got = x.shape if isinstance(x, mx.array) else type(x).__name__
@@ -236,30 +233,20 @@ def canonical(
         fail(op, "mask must be boolean, True for a real token", mask.dtype)
     if segment_ids is not None and not mx.issubdtype(segment_ids.dtype, mx.integer):
         fail(op, "segment_ids must be integers", segment_ids.dtype)
+    g = call.g
     if mask is not None:
-        real = mask[..., None, None]
+        per_token, real = mask[..., None], mask[..., None, None]
         q, k, v = (mx.where(real, x, mx.zeros((), x.dtype)) for x in (q, k, v))
-        g = None if g is None else mx.where(mask[..., None], g, 1.0)
-        own = {n: mx.where(mask[..., None], x, 0.0) if isinstance(x, mx.array) else x for n, x in own.items()}
-    starts = None
+        g = None if g is None else mx.where(per_token, g, 1.0)
+        own = {
+            n: mx.where(per_token, x, 0.0) if isinstance(x, mx.array) else x for n, x in call.options.items()
+        }
+        call = replace(call, q=q, k=k, v=v, g=g, options=own, mask=mask)
     if segment_ids is not None:
-        g = mx.ones((B, T, Hkv), dtype=mx.float32) if g is None else g
         starts = _segment_starts(segment_ids, mask)
-        g = mx.where(starts[..., None], 0.0, g)
-    return Call(
-        op,
-        q,
-        k,
-        v,
-        g,
-        _scale(op, scale),
-        boolean(op, "normalize", normalize),
-        number(op, "eps", eps, 0.0),
-        mask,
-        starts,
-        decay_gradient=isinstance(decay, mx.array),
-        options=own,
-    )
+        g = mx.ones((B, T, k.shape[2]), dtype=mx.float32) if g is None else g
+        call = replace(call, g=mx.where(starts[..., None], 0.0, g), starts=starts)
+    return call
 
 
 def canonical_step(
@@ -276,9 +263,21 @@ def canonical_step(
     eps: float = 1e-6,
 ) -> Call:
     """Check one call for one token, q `[B, Hq, D]`, k `[B, Hkv, D]`, v `[B, Hkv, Dv]`."""
-    _qkv(op, q, k, v, "")
-    (B, Hq, _), Hkv = q.shape, k.shape[1]
-    g = decay_array(op, decay, (B,), Hkv)
-    own = _own(op, options, given or {}, (B,), Hq)
-    normalize, eps = boolean(op, "normalize", normalize), number(op, "eps", eps, 0.0)
-    return Call(op, q, k, v, g, _scale(op, scale), normalize, eps, options=own)
+    return _checked(op, q, k, v, "", options, given, scale, decay, normalize, eps)
+
+
+def _checked(op, q, k, v, time, options, given, scale, decay, normalize, eps) -> Call:
+    _qkv(op, q, k, v, time)
+    lead = q.shape[:-2]
+    return Call(
+        op,
+        q,
+        k,
+        v,
+        decay_array(op, decay, lead, k.shape[-2]),
+        _scale(op, scale),
+        boolean(op, "normalize", normalize),
+        number(op, "eps", eps, 0.0),
+        decay_gradient=isinstance(decay, mx.array),
+        options=_own(op, options, given or {}, lead, q.shape[-2]),
+    )

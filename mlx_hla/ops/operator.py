@@ -152,42 +152,42 @@ class Operator:
         want += "".join(f" with a tuple of {n} {name}" for name, n in tuples.items())
         if not isinstance(state, kind):
             fail(call.op, want, type(state).__name__)
-        for several, n in tuples.items():
-            x = getattr(state, several)
-            if not isinstance(x, tuple | list) or len(x) != n:
-                fail(
-                    call.op, want, f"{len(x)} {several}" if isinstance(x, tuple | list) else type(x).__name__
-                )
-        shapes, unused = self.shapes(call.dims, call.normalize), set(kind._fields)
-        for s in self.slots:
-            names: tuple[str | None, ...] = (s.name, s.normaliser)
-            for name, shape in zip(names, shapes[s.key], strict=True):
-                if name is not None:
-                    unused.discard(name)
-                    x = getattr(state, name)
-                    if shape is not None and s.member is not None:
-                        x = _member(call.op, name, x, s.member, tuples[s.name])
-                    _check_array(call.op, name, x, shape)
-        for rest in unused:
-            if getattr(state, rest) is not None:
-                fail(call.op, f"state.{rest} must be None: {self.key} has none", "an array")
+        for several in tuples:
+            n = _length(getattr(state, several))
+            if n != tuples[several]:
+                fail(call.op, want, f"{n} {several}")
+        shapes: dict[str, list[Shape]] = {}
+        for s, (shape, vector) in zip(
+            self.slots, self.shapes(call.dims, call.normalize).values(), strict=True
+        ):
+            shapes.setdefault(s.name, []).append(shape)
+            if s.normaliser and vector:
+                shapes.setdefault(s.normaliser, []).append(vector)
+        for name in kind._fields:
+            _check_field(call.op, name, getattr(state, name), shapes.get(name, []))
         return state
 
 
-def _member(op: str, name: str, x: Any, index: int, length: int) -> Any:
-    if not isinstance(x, tuple | list) or len(x) != length:
-        got = f"{len(x)} arrays" if isinstance(x, tuple | list) else repr(x)
-        fail(op, f"state.{name} must be a tuple of {length} arrays", got)
-    return x[index]
+def _length(x: Any) -> int:
+    return len(x) if isinstance(x, tuple | list) else 0
 
 
-def _check_array(op: str, name: str, x: Any, shape: tuple[int, ...] | None) -> None:
-    if shape is None:
+def _check_field(op: str, name: str, x: Any, shapes: list[Shape]) -> None:
+    """A field of a state: None without a shape, an array of one shape, or several of them."""
+    if not shapes:
         if x is not None:
-            fail(op, f"state.{name} must be None: it belongs to normalize=True", "an array")
-    elif not isinstance(x, mx.array) or x.shape != shape or x.dtype != mx.float32:
-        got = f"{x.dtype} {x.shape}" if isinstance(x, mx.array) else repr(x)
-        fail(op, f"state.{name} must be float32 {list(shape)}", got)
+            fail(
+                op,
+                f"state.{name} must be None: it belongs to normalize=True, or to another order",
+                "an array",
+            )
+        return
+    if len(shapes) > 1 and _length(x) != len(shapes):
+        fail(op, f"state.{name} must be a tuple of {len(shapes)} arrays", repr(x)[:60])
+    for one, shape in zip(x if len(shapes) > 1 else [x], shapes, strict=True):
+        if not isinstance(one, mx.array) or one.shape != shape or one.dtype != mx.float32:
+            got = f"{one.dtype} {one.shape}" if isinstance(one, mx.array) else repr(one)
+            fail(op, f"state.{name} must be float32 {list(shape)}", got)
 
 
 # ---- all of them

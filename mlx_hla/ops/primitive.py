@@ -19,13 +19,13 @@ v `[B, H, N, G or 1, W, V]`, decay `[B, H, N, W]`, states `[B, H, G or 1, D, V]`
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..devices import on_gpu
-from ..transforms import differentiable
+from ..transforms import differentiable, once
 from .scan import TINY, ChunkScan, Decay, fuse, make_decay, triangle
 
 # ---- products over chunks, with the query heads that share a key-value head as extra rows
@@ -237,6 +237,8 @@ class Backward(NamedTuple):
 
 def _backward(b: Backward, scale: float, power: int) -> Gradients:
     """Gradients of one pass; each line is tagged by what it adds."""
+    # It reads the carry-ins as numbers: its own gradient in reverse would miss what depends on them.
+    b = once(b)
     (q, k, v, decay, first), states, do = b.operands, b.inner, b.do
     if decay is not None:
         # A zero decay counts as TINY here, so that dg = (g dg) / g exists; float32 sums don't see it.
@@ -289,7 +291,7 @@ class _Functions(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _pass(scale: float, power: int) -> _Functions:
-    back = differentiable(lambda b: _backward(b, scale, power))
+    back = partial(_backward, scale=scale, power=power)
 
     def both(a: Operands) -> Walked:
         o, inner, states = _forward(*a, scale, power)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -73,8 +73,9 @@ class Course:
     def _write_down(self) -> None:
         if self._pending is None:
             return
-        (step, *arrays), self._pending = self._pending, None
-        loss, norm = (float(a.item()) for a in arrays)
+        taken, self._pending = self._pending, None
+        numbers: list[Any] = [taken.loss.item(), taken.norm.item()]
+        step, (loss, norm) = taken.step, numbers
         self._check(step, "loss", loss)
         self._check(step, "gradient norm", norm)
         self._report.step(step, loss, norm, self._run.settings.learning_rate(step - 1))

@@ -37,15 +37,19 @@ def device_bytes() -> float:
     return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
-def check_memory(config: ModelConfig, settings: TrainConfig) -> float:
-    """The estimate; an error where the device has less."""
+def memory(config: ModelConfig, settings: TrainConfig) -> str:
+    """The estimate in words; an error where twice the device's memory would not do, as far as that goes."""
     need, have = step_bytes(config, settings), device_bytes()
-    if need > have:
+    if need > 2 * have:
         raise InputError(
-            f"a step needs about {need / 1e9:.3g} GB and this device has {have / 1e9:.3g}: take a smaller "
+            f"a step needs about {amount(need)} and this device has {amount(have)}: take a smaller "
             "batch_size with a larger accumulate, a smaller context, or a smaller model"
         )
-    return need
+    return f"about {amount(need)} of memory" + (f", of {amount(have)}" if need > have / 2 else "")
+
+
+def amount(size: float) -> str:
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{max(1, size / 1e6):.0f} MB"
 
 
 def pace(seconds: float, steps: int, left: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,13 +18,14 @@ from mlx_hla.losses import Scorer
 from mlx_hla.models import LanguageModel, ModelConfig, load, save
 from mlx_hla.models.io import CONFIG, WEIGHTS
 from mlx_hla.models.quantization import entry_of
+from mlx_hla.progress import require
 from mlx_hla.tokenizer import Tokenizer, train_tokenizer
 from mlx_hla.train.checkpoint import Checkpoint, find_checkpoints, lengthened, load_checkpoint
 from mlx_hla.train.course import Course
-from mlx_hla.train.estimate import check_memory
+from mlx_hla.train.estimate import memory
 from mlx_hla.train.folder import held
 from mlx_hla.train.presets import TrainConfig
-from mlx_hla.train.report import Report, require
+from mlx_hla.train.report import Report
 from mlx_hla.train.signals import stop_on_signals
 from mlx_hla.train.step import Trainer
 
@@ -85,7 +87,7 @@ def _begin(
             raise InputError(f"{settings.init_from}: is quantised: packed weights cannot be trained")
         # All that the weights fit comes with them; how long a text is trained on does not.
         model.config = dataclasses.replace(model.config, context=config.context)
-        check_memory(model.config, settings)
+        memory(model.config, settings)
         return model, tokenizer
     if settings.tokenizer is not None:
         tokenizer = Tokenizer.load(settings.tokenizer)
@@ -98,7 +100,7 @@ def _begin(
                 flush=True,
             )
     config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-    check_memory(config, settings)
+    memory(config, settings)
     return LanguageModel(config, settings.seed), tokenizer
 
 
@@ -141,7 +143,7 @@ def _run(run: Checkpoint, corpus: data.Corpus) -> Result:
     report.say(
         f"{model.config.operator} model of {model.num_parameters:,} parameters; {len(stream):,} tokens of "
         f"{sizes[stream].mean():.2f} bytes; steps of {per_step:,} tokens; {mx.default_device()}; "
-        f"about {check_memory(model.config, settings) / 1e9:.2g} GB of memory"
+        f"{memory(model.config, settings)}"
     )
     report.event(
         "resume" if run.step else "start",
@@ -153,7 +155,7 @@ def _run(run: Checkpoint, corpus: data.Corpus) -> Result:
         digest=corpus.digest,
         train_tokens=len(stream),
         valid_bytes=scorer.bytes,
-        mlx=mx.__version__,
+        mlx=version("mlx"),
     )
     try:
         with stop_on_signals(report.say) as stop:

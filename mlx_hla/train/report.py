@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 import time
@@ -13,20 +12,13 @@ import mlx.core as mx
 
 from mlx_hla.errors import InputError
 from mlx_hla.files import read_bytes, write_atomic
+from mlx_hla.progress import require
 from mlx_hla.settings import parse_json
 from mlx_hla.train.estimate import pace
 
 MAX_LOG_BYTES = 1 << 28
 PACE_STEPS = 10  # after so many, the run says how long it will take
 LOG, PICTURE = "log.jsonl", "loss.png"
-
-
-def require(name: str):
-    """Import a package of the `train` extra."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as e:
-        raise InputError(f"training needs {name}: pip install 'mlx-hla[train]'") from e
 
 
 class Report:
@@ -151,10 +143,10 @@ def _kept(path: Path, start: int) -> list[dict]:
     """The events of earlier runs up to step `start`."""
     if start == 0 or not path.exists():
         return []
-    events = []
+    events: list[dict] = []
     for line in read_bytes(path, MAX_LOG_BYTES).split(b"\n"):
         try:
-            event = parse_json(line, str(path))
+            event: Any = parse_json(line, str(path))
         except InputError:
             continue  # a line that a killed run left half written
         if _is_event(event) and event["step"] <= start:
@@ -165,7 +157,7 @@ def _kept(path: Path, start: int) -> list[dict]:
 def draw(path: Path, events: list[dict], title: str, bytes_per_token: float) -> Path:
     """Plot the losses, both in nats per byte, to a PNG."""
     require("matplotlib").use("Agg")
-    plt = importlib.import_module("matplotlib.pyplot")
+    plt = require("matplotlib.pyplot")
     steps = [(e["step"], e["loss"] / bytes_per_token) for e in events if e["event"] == "step"]
     valid = [(e["step"], e["nats_per_byte"]) for e in events if e["event"] == "valid"]
     figure, axes = plt.subplots(figsize=(7, 4), dpi=150)

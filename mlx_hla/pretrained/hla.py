@@ -1,0 +1,3 @@
+"""Where mlx-lm finds this model: pip install 'mlx-hla[lm]'."""
+
+from mlx_hla.mlx_lm import Model, ModelArgs  # noqa: F401
