@@ -69,7 +69,10 @@ def save(folder: str | Path, model: LanguageModel, tokenizer: Tokenizer, dtype: 
     if (entry := entry_of(model)) is not None:
         config[portable.QUANTIZATION] = entry
     added = portable.files(model.config, tokenizer)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{folder}: cannot make this folder ({e.strerror or e})") from e
     texts = {TOKENIZER: tokenizer.proto, CONFIG: (json.dumps(config, indent=2) + "\n").encode(), **added}
     for name, text in texts.items():
         write_atomic(folder / name, partial(_write, data=text))

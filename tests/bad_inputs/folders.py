@@ -21,7 +21,7 @@ from .commands import base
 from .damage import Damage
 from .values import label
 
-SEED, A_FIELD = 3, 3
+SEED, A_FIELD = 3, 100
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
 TOKENIZER_JSON, TOKENIZER_CONFIG, CODE = "tokenizer.json", "tokenizer_config.json", "hla.py"
 
@@ -30,7 +30,7 @@ def _fields(cls: type, rng: random.Random, *keys: str) -> Iterator[Damage]:
     """A JSON object's fields, with values of a wrong type or range."""
     for field in dataclasses.fields(cls):
         values = damage.WRONG[str(field.type)]
-        for value in rng.sample(values, A_FIELD):
+        for value in rng.sample(values, min(A_FIELD, len(values))):
             change = partial(damage.set_field, keys=(*keys, field.name), value=value)
             yield Damage(f"{field.name}={label(value)}", change)
         yield Damage(f"no-{field.name}", partial(damage.without_field, keys=(*keys, field.name)), EITHER)
