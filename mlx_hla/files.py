@@ -86,6 +86,8 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a file beside `path`, bring it to the disk, then put it in place."""
+    if not path.name:
+        raise InputError(f"{path}: cannot write it (it is a folder)")
     temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")
     try:
         with temporary.open("xb") as file:
