@@ -93,12 +93,12 @@ def load_snapshot(path: str | Path, model: LanguageModel) -> Snapshot:
     leaves = [tensors[f"cache.{i}"].astype(a.dtype) for i, a in enumerate(arrays(template))]
     for c, state in zip(cache, fill(template, leaves), strict=True):
         c.state = state
-    tokens = tensors["tokens"][:LAST_TOKENS].astype(mx.int32)[-min(length, LAST_TOKENS) :]
+    tokens = tensors["tokens"][-min(length, LAST_TOKENS) :]
     if not mx.all(tokens < model.config.vocab_size).item():
         raise InputError(f"{path}: no state of this model (it holds tokens that the model has not)")
     if not all(mx.isfinite(a).all().item() for a in (*leaves, tensors["logits"])):
         raise InputError(f"{path}: holds NaN or infinity")
-    return Snapshot(cache, tensors["logits"], tokens, length)
+    return Snapshot(cache, tensors["logits"], tokens.astype(mx.int32), length)
 
 
 def _named(states: list[Any]) -> dict[str, mx.array]:
