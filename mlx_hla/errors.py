@@ -17,6 +17,6 @@ def about_import(error: ImportError) -> str:
         )
     if (error.name or "").split(".")[0] == "mlx":
         return "MLX is not installed: pip install mlx-hla, on Linux 'mlx-hla[cpu]' or 'mlx-hla[cuda13]'"
-    if (error.name or "").split(".")[0] == "mlx_lm":
-        return "mlx-lm is missing: pip install 'mlx-hla[lm]'"
+    if (error.name or "").split(".")[0] in ("mlx_lm", "transformers"):
+        return "mlx-lm is missing or of another version: pip install 'mlx-hla[lm]'"
     return f"{error} (is mlx-hla installed whole?)"

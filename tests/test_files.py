@@ -154,6 +154,7 @@ def test_each_file_is_opened_once(model, monkeypatch):
         "hla.py",
         "model.safetensors",
         "tokenizer.model",
+        "tokenizer_config.json",
     ]
 
 

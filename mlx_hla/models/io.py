@@ -99,7 +99,7 @@ def load(folder: str | Path | None = None, dtype: mx.Dtype | None = None) -> tup
     values = read_json(folder / CONFIG)
     fields, entry = portable.own_fields(values, str(folder / CONFIG))
     config = ModelConfig.from_dict(fields, str(folder / CONFIG))
-    portable.check_model_file(folder)
+    portable.check_code(folder)
     portable.check_one_file(folder / WEIGHTS)
     tokenizer, path = portable.load_tokenizer(folder, TOKENIZER)
     check_vocabulary(config, tokenizer, path)
