@@ -23,7 +23,7 @@ from .values import label
 
 SEED, A_FIELD = 3, 100
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
-TOKENIZER_JSON, TOKENIZER_CONFIG, CODE = "tokenizer.json", "tokenizer_config.json", "hla.py"
+TOKENIZER_JSON, TOKENIZER_CONFIG, HLA = "tokenizer.json", "tokenizer_config.json", "hla.py"
 
 
 def _fields(cls: type, rng: random.Random, *keys: str) -> Iterator[Damage]:
@@ -58,51 +58,63 @@ QUANTIZATIONS: tuple[Any, ...] = (
 )
 
 
+# Keys of config.json for mlx-lm, and what they must not be.
 ADDED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama", "", 3, ["hla"], "hla\u0000"),
-    "model_file": ("evil.py", "../hla.py", "/dev/zero", 3, ["hla.py"]),
-    "bos_token_id": (0, -1, "1", None, [1, 2], 10**30, 1.5),
-    "eos_token_id": (1, [], {}, "</s>", [3]),
-    "quantization_config": ({"group_size": 64, "bits": 4}, 3, []),
+    "model_type": ("llama", "", 3, [], {}, True),
+    "model_file": ("/etc/passwd", "../x.py", "", 3, ["hla.py"], {}),
+    "bos_token_id": (0, -1, "1", [], [1, 2], {}, 10**30),
+    "eos_token_id": (0, -1, "2", [], [1, 2], {}, None),
+    "quantization_config": (3, {}, {"group_size": 64, "bits": 4}),
     "auto_map": ({"AutoModel": "evil.Model"}, None),
 }
 
 
-def _alone(path: Path, change: damage.Break) -> None:
-    """Break tokenizer.json in a folder that has no other tokenizer."""
+def _alone(path: Path, apply: damage.Break) -> None:
+    """Damage a tokenizer.json on which the folder depends."""
     path.with_name(TOKENIZER).unlink()
-    change(path)
+    apply(path)
 
 
-def _mlx_lm_damages(rng: random.Random) -> Iterator[tuple[str, Damage]]:
-    """What mlx-lm reads of a folder, and leaves in one."""
-    for field, values in ADDED.items():
-        for value in values:
-            change = partial(damage.set_field, keys=(field,), value=value)
-            yield CONFIG, Damage(f"{field}={label(value)}", change)
-    for d in (*damage.anything(rng), *damage.json_texts()):
-        yield TOKENIZER_JSON, d._replace(apply=partial(_alone, change=d.apply))
-        yield TOKENIZER_CONFIG, d._replace(expect=EITHER)  # not read but for code that it may name
-    for keys in (("model",), ("added_tokens",), ("decoder",), ("model", "vocab"), ("model", "merges")):
-        for value in (None, 3, "x", [], {}, [[]], {"a": -1}, {"a": 10**30}, {"\ud800": 0}):
-            change = partial(damage.set_field, keys=keys, value=value)
-            name = f"{'.'.join(keys)}={label(value)}"
-            yield TOKENIZER_JSON, Damage(name, partial(_alone, change=change))
-    code = partial(damage.set_field, keys=("auto_map",), value={"AutoTokenizer": "evil.Tokenizer"})
-    yield TOKENIZER_CONFIG, Damage("code", code)
-    for d in damage.anything(rng):
-        yield CODE, d._replace(expect=ACCEPTED) if d.name == "missing" else d
+def _companions(rng: random.Random, name: str) -> Iterator[Damage]:
+    for d in damage.anything(rng, forgiving=name == TOKENIZER):
+        absent = d.name in ("missing", "dangling", "loop")
+        if name == TOKENIZER_JSON:
+            yield d._replace(apply=partial(_alone, apply=d.apply))
+        elif absent and (name == HLA or d.name == "missing"):
+            yield d._replace(expect=EITHER)
+        else:
+            yield d
+    if name != TOKENIZER_JSON:
+        return
+    for d in damage.json_texts():
+        yield d._replace(apply=partial(_alone, apply=d.apply))
+    for key in ("model", "added_tokens", "pre_tokenizer", "decoder", "normalizer", "version"):
+        for value in (None, 3, "x", [], {}, [3], {"type": "BPE"}, {"type": "BPE", "vocab": 3}):
+            change = partial(damage.set_field, keys=(key,), value=value)
+            yield Damage(f"{key}={label(value)}", partial(_alone, apply=change), EITHER)
+    for key in ("vocab", "merges", "unk_token", "byte_fallback", "type"):
+        for value in (None, 3, "x", [], {}, [3], [["a"]], {"a": -1}, {"a": 10**30}, {"a": "b"}, ["a b c"]):
+            change = partial(damage.set_field, keys=("model", key), value=value)
+            yield Damage(f"model.{key}={label(value)}", partial(_alone, apply=change), EITHER)
 
 
 def _model_damages() -> Iterator[tuple[str, Damage]]:
     rng = random.Random(SEED)
-    for name in (CONFIG, WEIGHTS, TOKENIZER):
-        for d in damage.anything(rng, forgiving=name == TOKENIZER):
-            # Without it the other tokenizer does, as in folders that mlx-lm wrote.
-            yield name, d._replace(expect=ACCEPTED) if (name, d.name) == (TOKENIZER, "missing") else d
+    for name in (CONFIG, WEIGHTS):
+        yield from ((name, d) for d in damage.anything(rng))
+    # Without a tokenizer.model there may be a tokenizer.json, without hla.py nothing is lost.
+    for name in (TOKENIZER, TOKENIZER_JSON, HLA):
+        yield from ((name, d) for d in _companions(rng, name))
+    # Read only for the code that it may name.
+    for d in (*damage.anything(rng), *damage.json_texts()):
+        yield TOKENIZER_CONFIG, d._replace(expect=EITHER)
+    code = partial(damage.set_field, keys=("auto_map",), value={"AutoTokenizer": "evil.Tokenizer"})
+    yield TOKENIZER_CONFIG, Damage("code", code)
     yield from ((CONFIG, d) for d in damage.json_texts())
     yield from ((CONFIG, d) for d in _fields(ModelConfig, rng))
-    yield from _mlx_lm_damages(rng)
+    for key, values in ADDED.items():
+        for value in values:
+            yield CONFIG, Damage(f"{key}={label(value)}", partial(damage.set_field, keys=(key,), value=value))
     sizes = [f.name for f in dataclasses.fields(ModelConfig) if str(f.type).startswith("int")]
     for name in sizes:
         for value in (0, 10**9, 2**63):
@@ -141,7 +153,8 @@ def _model_cases() -> Iterator[Case]:
     rng = random.Random(SEED)
     for file, d in _model_damages():
         how = rng.choice(["load", "load", "load", "info", "generate", "eval", "train"])
-        name = f"model:{file.removesuffix('.safetensors').removesuffix('.model')}-{d.name}-{how}"
+        shown = file if file == TOKENIZER_JSON else file.partition(".")[0]
+        name = f"model:{shown}-{d.name}-{how}"
         yield Case(name, partial(_call, _model, file, d.apply, how), d.expect, d.as_user)
 
 

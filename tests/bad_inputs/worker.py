@@ -149,7 +149,7 @@ def main(root: Path) -> None:
 
     cases = {**all_cases(), **{case.name: case for case in canaries.cases()}}
     place = Place(root)
-    for name in ("model", "corpus", "run"):
+    for name in ("model", "state", "corpus", "run"):
         place.good(name)  # now: it takes longer than a case may
     _limit()
     start = most_memory()
