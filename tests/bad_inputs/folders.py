@@ -23,7 +23,7 @@ from .values import label
 
 SEED, A_FIELD = 3, 100
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
-TOKENIZER_JSON, HLA = "tokenizer.json", "hla.py"
+TOKENIZER_JSON, TOKENIZER_CONFIG, HLA = "tokenizer.json", "tokenizer_config.json", "hla.py"
 
 
 def _fields(cls: type, rng: random.Random, *keys: str) -> Iterator[Damage]:
@@ -65,6 +65,7 @@ ADDED: dict[str, tuple[Any, ...]] = {
     "bos_token_id": (0, -1, "1", [], [1, 2], {}, 10**30),
     "eos_token_id": (0, -1, "2", [], [1, 2], {}, None),
     "quantization_config": (3, {}, {"group_size": 64, "bits": 4}),
+    "auto_map": ({"AutoModel": "evil.Model"}, None),
 }
 
 
@@ -104,6 +105,11 @@ def _model_damages() -> Iterator[tuple[str, Damage]]:
     # Without a tokenizer.model there may be a tokenizer.json, without hla.py nothing is lost.
     for name in (TOKENIZER, TOKENIZER_JSON, HLA):
         yield from ((name, d) for d in _companions(rng, name))
+    # Read only for the code that it may name.
+    for d in (*damage.anything(rng), *damage.json_texts()):
+        yield TOKENIZER_CONFIG, d._replace(expect=EITHER)
+    code = partial(damage.set_field, keys=("auto_map",), value={"AutoTokenizer": "evil.Tokenizer"})
+    yield TOKENIZER_CONFIG, Damage("code", code)
     yield from ((CONFIG, d) for d in damage.json_texts())
     yield from ((CONFIG, d) for d in _fields(ModelConfig, rng))
     for key, values in ADDED.items():
