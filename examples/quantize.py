@@ -92,7 +92,8 @@ def states() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--valid-batches", type=int, default=16, help="batches of 8 windows at most; 0: all")
+    parser.add_argument("--valid-batches", type=int, default=0, help="batches of windows at most; 0: all")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows at a time")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to write for the speed")
     args = parser.parse_args()
     corpus = data.load_corpus()
@@ -102,7 +103,7 @@ def main() -> None:
             model,
             data.encode_texts(tokenizer, corpus.valid),
             data.bytes_per_token(tokenizer),
-            batch_size=8,
+            batch_size=args.batch_size,
             context=model.config.context,
             dtype=compute_dtype(),
             max_batches=args.valid_batches,

@@ -40,3 +40,16 @@ def test_train_says_what_is_wrong():
     result = run("train.py", "--data", "no-such-folder")
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("mlx-hla: error:")
+
+
+def test_the_quantisation_table_has_every_kind():
+    result = run("quantize.py", "--batch-size", "1", "--valid-batches", "1", "--tokens", "3")
+    assert result.returncode == 0, result.stderr
+    for row in (
+        "| 16 bits (as shipped) | 11.65 |",
+        "| 8 bits |",
+        "| 4 bits |",
+        "| mxfp4 |",
+        "| 1,048,576 | 0.84 |",
+    ):
+        assert row in result.stdout
