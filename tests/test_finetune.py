@@ -116,6 +116,8 @@ def test_a_run_lowers_the_loss_and_tells_of_it(whole, base):
         {"bits": 8, "type": "dora"},
         {"layers": 1, "rank": 2, "scale": 4.0},
         {"type": "full", "layers": 1},
+        {"dtype": "bfloat16"},
+        {"dtype": "bfloat16", "type": "full", "lr": 1e-3},
         {"dropout": 0.1, "checkpoint_blocks": True, "accumulate": 2},
         {"pack": False},
     ],
@@ -135,7 +137,7 @@ def test_every_kind_learns_and_loads(base, texts, tmp_path, how):
     held = valid_batches(read_material(config), tokenizer, config, 32)
     sizes = np.array([len(tokenizer.token_bytes(i)) for i in range(380)], np.float32)
     again = Validation(model, held, sizes, mx.float32)(model.parameters())
-    assert again == pytest.approx(done.best, rel=1e-4)
+    assert again == pytest.approx(done.best, rel=1e-2 if "dtype" in how else 1e-4)
 
 
 def test_accumulation_is_a_larger_batch(base, texts, tmp_path):
@@ -295,8 +297,7 @@ def test_a_run_that_diverges_stops_and_keeps_the_adapter(base, texts, tmp_path, 
 
 
 KILLED = """
-import os, signal, sys
-from mlx_hla import files
+import os, pathlib, signal, sys
 from mlx_hla.cli import main
 count, at, really = 0, int(sys.argv[1]), {what}
 def killed(*args, **options):
@@ -311,7 +312,8 @@ sys.exit(main(sys.argv[2:]))
 
 
 @pytest.mark.parametrize(
-    ("what", "at"), [("os.replace", n) for n in (4, 5, 6, 9, 12)] + [("os.fsync", 8), ("os.rename", 1)]
+    ("what", "at"),
+    [("os.replace", n) for n in (1, 4, 6, 7, 8, 9, 12, 14)] + [("os.fsync", 8), ("pathlib.Path.rename", 2)],
 )
 def test_kill_9_leaves_the_adapter_whole_and_the_run_resumable(base, texts, whole, tmp_path, what, at):
     out = tmp_path / "a"
@@ -320,11 +322,12 @@ def test_kill_9_leaves_the_adapter_whole_and_the_run_resumable(base, texts, whol
     script = [sys.executable, "-c", KILLED.format(what=what), str(at), *command]
     died = subprocess.run(script, capture_output=True, text=True, timeout=120)
     assert died.returncode == -signal.SIGKILL, died.stderr
-    load_adapted(out)
-    if not find_checkpoints(out):
-        with pytest.raises(InputError, match="no checkpoint"):
-            resume(out)
+    if not find_checkpoints(out):  # killed before it began
+        assert finetune(settings(base, texts, out))._replace(out=None) == whole._replace(out=None)
         return
+    assert (out / "adapters.safetensors").exists() or at == 6  # the first was being put in its place
+    if at != 6:
+        load_adapted(out)
     assert resume(out)._replace(out=None) == whole._replace(out=None)
     assert losses(out) == losses(whole.out)
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
@@ -335,7 +338,7 @@ def test_kill_9_at_any_time(base, texts, tmp_path):
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in {**QUICK, "steps": 100000, "valid_every": 1}.items()]
     command = [sys.executable, "-m", "mlx_hla", "finetune", "--model", base, "--data", texts, "--out", out]
     with subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL) as run:
-        while not find_checkpoints(out):
+        while not (out / "adapters.safetensors").exists():
             time.sleep(0.05)
             assert run.poll() is None
         with pytest.raises(InputError, match="another run is at work"):

@@ -60,7 +60,7 @@ class Adaptation(NamedTuple):
         return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def _tuner() -> Any:
+def tuner_of_mlx_lm() -> Any:
     try:
         from mlx_lm.tuner import utils
     except ImportError as e:
@@ -78,7 +78,7 @@ def linear_keys(model: LanguageModel) -> tuple[str, ...]:
 
 def adapt(model: LanguageModel, how: Adaptation, seed: int = 0) -> None:
     """Freeze a base but for what is trained, in place: fresh LoRA or DoRA layers, or the layers' weights."""
-    tuner = _tuner()
+    tuner = tuner_of_mlx_lm()
     if how.layers > len(model.layers):
         raise InputError(f"layers must be at most the model's {len(model.layers)}, got {how.layers}")
     if how.bits is not None:

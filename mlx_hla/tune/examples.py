@@ -197,6 +197,7 @@ class Windows:
         if not rows:
             raise InputError("the data has nothing to learn: no window holds a token that counts")
         self._rows, self._batch_size, self._context, self._seed = rows, batch_size, context, seed
+        self.tokens = sum(len(r.tokens) - 1 for r in rows) / len(rows)  # of a window, on average
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, int))
 
     def __getitem__(self, step: int) -> tuple[mx.array, mx.array]:
@@ -215,6 +216,10 @@ class Windows:
 
 class Packed(data.Batches):
     """Windows at random places of all texts in one row; everything counts."""
+
+    @property
+    def tokens(self) -> int:
+        return self._window.size - 1
 
     def __getitem__(self, step: int) -> Any:
         tokens = super().__getitem__(step)

@@ -31,6 +31,7 @@ from mlx_hla.tune.adapters import (
     ADAPTERS,
     linear_keys,
     read_arrays,
+    tuner_of_mlx_lm,
     write_arrays,
     write_config,
 )
@@ -59,6 +60,7 @@ def finetune(settings: FinetuneConfig) -> Finetuned:
             settings = dataclasses.replace(settings, **{name: os.path.abspath(path)})
     out = as_path("out", settings.out)
     _check_fresh(out)
+    tuner_of_mlx_lm()  # miss it now, not when the data has been read
     material = read_material(settings)
     print(material.about, flush=True)
     run = begin(settings, material.digest)
@@ -116,10 +118,10 @@ class _Tuning(Course):
         if self.enough:
             return
         if self.step == 0:
+            self._save()  # so that there is never an adapter without a run to go on with
             try:
                 self._validate()
             except Stopped:
-                self._save()
                 return
         super().take()
 
@@ -160,7 +162,7 @@ def _go(run: Run, material: Material) -> Finetuned:
     scorer = Validation(model, held_out, sizes, compute_dtype(settings.dtype))
     prompt = settings.prompt or material.prompt
     trained = sum(a.size for a in flat(run.trainer.params).values())
-    per_step = settings.batch_size * settings.accumulate * context
+    per_step = round(settings.batch_size * settings.accumulate * batches.tokens)
     ratio = scorer.bytes / scorer.tokens
     report = Report(
         out,
@@ -173,7 +175,7 @@ def _go(run: Run, material: Material) -> Finetuned:
     report.say(
         f"{settings.type}{'' if settings.bits is None else f' on {settings.bits} bits'}: {trained:,} of "
         f"{model.num_parameters:,} parameters are trained; windows of {context} tokens, {per_step:,} tokens "
-        f"a step at most; {scorer.tokens:,} held-out tokens; {mx.default_device()}"
+        f"a step; {scorer.tokens:,} held-out tokens; {mx.default_device()}"
     )
     report.event(
         "resume" if run.step else "start",
