@@ -324,7 +324,7 @@ def _late(about: str, module: str, add_arguments: str = "add_arguments", run: st
     """A command by the names of its functions, in a module that is imported when one is called."""
 
     def function(name: str) -> Callable[[Any], Any]:
-        return lambda given: getattr(importlib.import_module(f"mlx_hla.{module}"), name)(given)
+        return lambda value: getattr(importlib.import_module(f"mlx_hla.{module}"), name)(value)
 
     return Command(about, function(add_arguments), function(run))
 

@@ -1,6 +1,7 @@
 """Fine-tuning: what is learned, what counts, what is kept, and how a run goes on."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -267,7 +268,6 @@ def test_a_resumed_run_takes_the_same_steps(base, texts, whole, tmp_path, monkey
     done = resume(out)
     assert done.finished
     assert losses(out) == losses(whole.out)
-    assert dataclasses.asdict(settings(base, texts, out))  # unchanged
     assert done._replace(out=None) == whole._replace(out=None)
     a, b = (mx.load(str(f / "adapters.safetensors")) for f in (out, whole.out))
     assert all(mx.array_equal(a[name], b[name]).item() for name in b)
@@ -294,6 +294,24 @@ def test_a_run_that_diverges_stops_and_keeps_the_adapter(base, texts, tmp_path, 
     with pytest.raises(InputError, match="diverged: at step 5"):
         finetune(settings(base, texts, tmp_path / "a"))
     load_adapted(tmp_path / "a")
+
+
+def test_a_full_disk_leaves_the_adapter_and_the_run(base, texts, whole, tmp_path, monkeypatch):
+    out, really, count = tmp_path / "a", os.fsync, 0
+
+    def full(number):
+        nonlocal count
+        count += 1
+        if count > 7:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        really(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="No space left"):
+        finetune(settings(base, texts, out))
+    monkeypatch.undo()
+    load_adapted(out)
+    assert resume(out)._replace(out=None) == whole._replace(out=None)
 
 
 KILLED = """

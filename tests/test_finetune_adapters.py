@@ -153,6 +153,21 @@ def test_an_adapter_of_mlx_lm_is_read(base, adapters, tmp_path):
     assert mx.array_equal(logits(one), logits(other)).item()
 
 
+def test_what_the_stock_tuner_wrote_is_read(base, tmp_path, capsys):
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            json.dumps({"text": TEXT * 2}) + "\n" + json.dumps({"text": TEXT})
+        )
+    words = ["lm", "lora", "--model", base, "--data", tmp_path, "--adapter-path", tmp_path / "a", "--train"]
+    words += ["--iters", 3, "--batch-size", 1, "--num-layers", -1, "--max-seq-length", 32, "--val-batches", 1]
+    assert cli.main(list(map(str, words))) == 0
+    ours, tokenizer = load_adapted(tmp_path / "a")  # its config says where the base is
+    theirs, _ = utils.load(str(base), adapter_path=str(tmp_path / "a"))
+    assert mx.allclose(logits(ours), logits(theirs), atol=1e-5).item()
+    fused, _ = load(fuse(tmp_path / "a", tmp_path / "fused"))
+    assert text(fused, tokenizer) == text(ours, tokenizer)
+
+
 # --- refusals
 
 
