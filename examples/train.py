@@ -1,4 +1,4 @@
-"""Train a small model on the Python standard library, on a CPU in under a minute; then let it write.
+"""Train a small model on the Python standard library, in about a minute on two CPU cores; then let it write.
 
     python examples/train.py                        the tiny preset, into runs/example
     python examples/train.py --preset small --out runs/mine --operator ahla

@@ -6,13 +6,14 @@ import sys
 
 def main() -> int:
     # While the imports run, Ctrl-C just ends the program: it would be a traceback from somewhere in them.
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if usual:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from mlx_hla.cli import main as run
 
     try:
-        signal.signal(signal.SIGINT, before)
+        if usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return run()
     except KeyboardInterrupt:
         return 130

@@ -2,7 +2,10 @@
 
 
 class InputError(ValueError):
-    """What the caller gave cannot be used; the message says what, and what was expected."""
+    """What the caller gave cannot be used; the message says in one line what, and what was expected."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.replace("\n", " "))  # what came may be an array, or a name with line breaks
 
 
 def about_import(error: ImportError) -> str:
@@ -14,6 +17,6 @@ def about_import(error: ImportError) -> str:
         )
     if (error.name or "").split(".")[0] == "mlx":
         return "MLX is not installed: pip install mlx-hla, on Linux 'mlx-hla[cpu]' or 'mlx-hla[cuda13]'"
-    if (error.name or "").split(".")[0] == "mlx_lm":
-        return "mlx-lm is missing: pip install 'mlx-hla[lm]'"
+    if (error.name or "").split(".")[0] in ("mlx_lm", "transformers"):
+        return "mlx-lm is missing or of another version: pip install 'mlx-hla[lm]'"
     return f"{error} (is mlx-hla installed whole?)"

@@ -8,12 +8,12 @@ Needs the extra `lm` (pip install 'mlx-hla[lm]'). Nothing else of this package i
 Two ways in. A folder's config.json names `hla.py`, one import of this module. mlx-lm runs such a file only
 with `--trust-remote-code`, and then runs whatever stands in it: look at a folder that you did not write. The
 command `mlx-hla lm` needs no flag and runs nothing from the folder: `register` gives mlx-lm, in that process,
-this module as the architecture "hla", and a folder with another `hla.py` is refused.
+this module as the architecture "hla", and a folder with other code than ours is refused.
 
 What mlx-lm then does is mlx-lm's. What to know of it:
 - The cache is mlx-lm's own `ArraysCache`, a constant number of bytes. It can be saved, continued and batched,
   but not trimmed: speculative decoding refuses it, and a prompt that leaves what a server has read starts
-  afresh.
+  afresh. `generate --prompt-cache-file` begins its prompt with <s>, in the middle of a text too.
 - `lora` wants 16 layers by default: `--num-layers -1` takes all. A learning rate of 2e-4 is a good start.
 - `convert --dtype` spares the decay gate, whose small weights decide what is remembered; so does `-q`.
 - A module whose input width is no multiple of the group size is left out of quantisation.
@@ -38,7 +38,7 @@ import mlx.nn as nn
 from mlx_hla.errors import InputError, about_import
 from mlx_hla.models.config import ModelConfig
 from mlx_hla.models.lm import LanguageModel
-from mlx_hla.models.portable import MODEL_TYPE, check_model_file, own_fields
+from mlx_hla.models.portable import MODEL_TYPE, check_code, own_fields
 from mlx_hla.nn import HLACache
 from mlx_hla.nn.cache import arrays, fill
 
@@ -152,7 +152,7 @@ def register() -> None:
         if values.get("model_type") != MODEL_TYPE:
             return stock(model_path, lazy, strict, model_config, **options)
         own_fields(values, f"{model_path}/config.json")
-        check_model_file(Path(model_path))
+        check_code(Path(model_path))
         model_config = {**(model_config or {}), "model_file": None}
         model, config = stock(model_path, lazy, strict, model_config, **options)
         del config["model_file"]
@@ -176,6 +176,10 @@ def run(command: str, arguments: list[str]) -> int:
     sys.argv = [f"mlx-hla lm {command}", command, *arguments]
     try:
         cli.main()
+    except ValueError as e:
+        if "requires a subcommand" not in str(e):
+            raise
+        raise InputError(f"mlx-lm has no command {command[:60]!r}; {e}") from None
     finally:
         sys.argv = before
     return 0

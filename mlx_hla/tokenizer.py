@@ -76,7 +76,7 @@ class Tokenizer:
         try:
             if token >= 0:
                 return self._bytes[token]
-        except (IndexError, TypeError):
+        except (IndexError, TypeError, ValueError):  # ValueError: an array of several
             pass
         raise InputError(f"a token must be from 0 to {self.vocab_size - 1}, got {repr(token)[:60]}")
 

@@ -246,6 +246,12 @@ def test_the_loader_runs_nothing_from_a_folder(tmp_path, tokenizer):
             utils.load(str(folder))
     (folder / "config.json").write_text(json.dumps(config))
     assert isinstance(utils.load(str(folder), return_config=True)[2]["model_file"], str)
+    path = folder / "tokenizer_config.json"
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoTokenizer": ["evil.x", None]}})
+    )
+    with pytest.raises(InputError, match="names code to run"):  # some commands always trust tokenizers
+        utils.load(str(folder), tokenizer_config={"trust_remote_code": True})
     assert not mark.exists()
 
 
@@ -270,17 +276,21 @@ def test_the_softmax_baseline_is_refused():
 
 NO_MLX_LM = """
 import sys
-sys.modules["mlx_lm"] = None
+sys.modules["{name}"] = None
 sys.argv = ["mlx-hla", "lm", "generate", "--model", "x"]
 from mlx_hla.__main__ import main
 sys.exit(main())
 """
 
 
-def test_without_mlx_lm_the_command_names_the_extra(tmp_path):
-    done = subprocess.run([sys.executable, "-c", NO_MLX_LM], capture_output=True, text=True, cwd=tmp_path)
+@pytest.mark.parametrize("name", ["mlx_lm", "transformers"])
+def test_without_mlx_lm_the_command_names_the_extra(tmp_path, name):
+    script = NO_MLX_LM.format(name=name)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr == "mlx-hla: error: mlx-lm is missing: pip install 'mlx-hla[lm]'\n"
+    assert (
+        done.stderr == "mlx-hla: error: mlx-lm is missing or of another version: pip install 'mlx-hla[lm]'\n"
+    )
 
 
 def test_wrong_words(capsys):

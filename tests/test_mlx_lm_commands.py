@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 
 import mlx.core as mx
 import pytest
@@ -19,6 +20,7 @@ from mlx_hla import cli
 from mlx_hla.generate import generate
 from mlx_hla.models import PRETRAINED, LanguageModel, ModelConfig, load, save
 from mlx_hla.models.io import read_header
+from mlx_hla.models.lm import Block
 from mlx_hla.sampling import Sampling
 from mlx_hla.tokenizer import train_tokenizer
 from mlx_hla.trees import flat
@@ -38,6 +40,7 @@ def registered(monkeypatch):
     """A command registers, and leaves nothing behind for the next test."""
     monkeypatch.setattr(utils, "load_model", STOCK)
     monkeypatch.delitem(sys.modules, "mlx_lm.models.hla", raising=False)
+    monkeypatch.setattr(Block, "__call__", Block.__call__)  # --grad-checkpoint changes the class
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +244,7 @@ def server(shipped):
                 break
             assert process.poll() is None, process.stdout.read().decode()
             time.sleep(0.25)
+        post.base_url = f"{here}/v1"
         yield post
     finally:
         process.send_signal(signal.SIGTERM)
@@ -289,6 +293,28 @@ def test_the_server_answers_streams_and_reuses(server, shipped):
     stopped = json.loads(server(prompt=prompt, stop=[tokenizer.decode(ids[2:4])]))["choices"][0]
     assert stopped["finish_reason"] == "stop"
     assert stopped["text"] == tokenizer.decode(ids[:2])
+
+
+def test_an_openai_client(server, shipped):
+    """Whole, streamed and stopped, through the client that programs use."""
+    openai = pytest.importorskip("openai")
+    model, tokenizer = load(shipped, mx.float32)
+    want = generate(model, tokenizer, PROMPT, max_tokens=12, sampling=GREEDY)
+    with openai.OpenAI(base_url=server.base_url, api_key="none") as client:
+        ask = partial(
+            client.completions.create, model="default_model", prompt=PROMPT, max_tokens=12, temperature=0
+        )
+        whole = ask()
+        assert whole.choices[0].text == want
+        assert whole.choices[0].finish_reason == "length"
+        assert whole.usage.completion_tokens == 12
+        pieces = [chunk.choices[0].text for chunk in ask(stream=True) if chunk.choices]
+        assert "".join(pieces) == want
+        assert len(pieces) > 3
+        ids = tokenizer.encode(PROMPT + want)[len(tokenizer.encode(PROMPT)) :]
+        stopped = ask(stop=[tokenizer.decode(ids[2:4])])
+        assert stopped.choices[0].finish_reason == "stop"
+        assert stopped.choices[0].text == tokenizer.decode(ids[:2])
 
 
 def test_requests_at_once_get_what_they_would_get_alone(server, shipped):

@@ -150,6 +150,9 @@ def test_nothing_in_a_folder_runs(folder, tmp_path):
     refuse(configured(folder, model_file="evil.py"), "model_file must be")
     (folder / "hla.py").unlink()
     load(configured(folder, model_file="hla.py"))  # we have no need of it
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoTokenizer": "evil.x"}}))
+    refuse(folder, r"tokenizer_config\.json: names code to run \(auto_map\)")
     assert not mark.exists()
 
 

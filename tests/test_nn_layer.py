@@ -177,6 +177,12 @@ BAD_OPTIONS = [
     ({"conv_size": 2.5}, "conv_size must be"),
     ({"rope": -1.0}, "rope must be None, True or a positive base, got -1.0"),
     ({"rope": "yes"}, "rope must be"),
+    ({"rope": float("inf")}, "rope must be None, True or a positive base, got inf"),
+    ({"rope": 10**400}, "rope must be None, True or a positive base, got 1000"),
+    ({"conv_size": {}}, "conv_size must be None, 0 or an integer of at least 2, got {}"),
+    ({"normalize": "false"}, "normalize must be one of False, True, got 'false'"),
+    ({"output_norm": None}, "output_norm must be one of False, True, got None"),
+    ({"bias": 1}, "bias must be one of False, True, got 1"),
     ({"rope": True, "head_dim": 3}, "rope needs an even head_dim, got 3"),
     ({"output_gate": "relu"}, "output_gate must be one of False, True, 'silu', 'sigmoid', got 'relu'"),
     ({"backend": "cuda"}, "backend must be one of None, 'mlx', 'metal', got 'cuda'"),
@@ -201,6 +207,7 @@ BAD_INPUTS = [
     ({"mask": "causal"}, "mask must be bool (2, 5), got 'causal'"),
     ({"segment_ids": mx.ones((2, 5))}, "segment_ids must be integers (2, 5)"),
     ({"segment_ids": mx.ones((5,), mx.int32)}, "segment_ids must be integers (2, 5)"),
+    ({"mask": np.ones((2, 5), bool)}, "mask must be bool (2, 5), got array([[ True, True"),
     ({"cache": []}, "cache must be an HLACache, got list"),
 ]
 
@@ -217,8 +224,32 @@ def test_bad_conv():
         ShortConv(4, 1)
     with pytest.raises(ValueError, match=r"state must be \(1, 3, 4\), got \(2, 3, 4\)"):
         ShortConv(4)(mx.zeros((1, 5, 4)), mx.zeros((2, 3, 4)))
+    with pytest.raises(ValueError, match=r"state must be .* got str"):
+        ShortConv(4)(mx.zeros((1, 5, 4)), "state")
+    with pytest.raises(ValueError, match="lengths must be integers"):
+        ShortConv(4)(mx.zeros((1, 5, 4)), lengths=mx.ones((1,)))
     with pytest.raises(ValueError, match="need 0 < shortest <= longest"):
         spread_memories(4, 9, 8)
+    with pytest.raises(ValueError, match="heads must be at least 1, got 0"):
+        spread_memories(0)
+
+
+def test_a_cache_of_another_layer_is_refused():
+    x = mx.zeros((1, 2, 16))
+    for other in (
+        {"operator": "ahla"},
+        {"operator": "readout"},
+        {"head_dim": 4},
+        {"conv_size": 3},
+        {"conv_size": 0},
+    ):
+        left = HLACache()
+        HLAttention(16, 2, **other)(x, cache=left)
+        with pytest.raises(ValueError, match=r"state|must be"):
+            HLAttention(16, 2)(x, cache=left)
+    for state in (3, "x", (1, 2), None):
+        with pytest.raises(ValueError, match=r"\[HLACache\] state must be \(memory, conv, offset\), got"):
+            HLACache.from_state(state)
 
 
 def test_an_unavailable_backend_is_an_error():

@@ -393,6 +393,24 @@ def test_a_signal_in_the_last_validation_leaves_a_run_to_resume(corpus, tmp_path
     assert (out / "model.safetensors").exists()
 
 
+def test_a_signal_that_is_ignored_stays_ignored(corpus, tmp_path, monkeypatch):
+    step, seen = Trainer.step, []
+
+    def look(self, number, *rest):
+        seen.append((signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)))
+        return step(self, number, *rest)
+
+    monkeypatch.setattr(Trainer, "step", look)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert train(*configs(corpus, tmp_path / "run", steps=1)).finished
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen[0][0] is signal.SIG_IGN
+    assert seen[0][1] not in (signal.SIG_IGN, signal.SIG_DFL)
+
+
 LONG = """
 import os, signal, sys, time
 from mlx_hla import cli

@@ -69,7 +69,10 @@ def save(folder: str | Path, model: LanguageModel, tokenizer: Tokenizer, dtype: 
     if (entry := entry_of(model)) is not None:
         config[portable.QUANTIZATION] = entry
     added = portable.files(model.config, tokenizer)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{folder}: cannot make this folder ({e.strerror or e})") from e
     texts = {TOKENIZER: tokenizer.proto, CONFIG: (json.dumps(config, indent=2) + "\n").encode(), **added}
     for name, text in texts.items():
         write_atomic(folder / name, partial(_write, data=text))
@@ -96,7 +99,7 @@ def load(folder: str | Path | None = None, dtype: mx.Dtype | None = None) -> tup
     values = read_json(folder / CONFIG)
     fields, entry = portable.own_fields(values, str(folder / CONFIG))
     config = ModelConfig.from_dict(fields, str(folder / CONFIG))
-    portable.check_model_file(folder)
+    portable.check_code(folder)
     portable.check_one_file(folder / WEIGHTS)
     tokenizer, path = portable.load_tokenizer(folder, TOKENIZER)
     check_vocabulary(config, tokenizer, path)

@@ -19,12 +19,13 @@ from mlx_hla.errors import InputError
 from mlx_hla.files import read_bytes
 from mlx_hla.models.config import ModelConfig
 from mlx_hla.models.tokenizer_json import sentencepiece_model, tokenizer_config, tokenizer_json
-from mlx_hla.settings import parse_json
+from mlx_hla.settings import parse_json, read_json
 from mlx_hla.tokenizer import Tokenizer
 
 MODEL_TYPE, MODEL_FILE = "hla", "hla.py"
 TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 FILES = (MODEL_FILE, TOKENIZER_JSON, TOKENIZER_CONFIG)
+# Once released, a text stays one that `check_code` takes.
 SOURCE = b'''"""Where mlx-lm finds this model: pip install 'mlx-hla[lm]'."""
 
 from mlx_hla.mlx_lm import Model, ModelArgs  # noqa: F401
@@ -70,13 +71,16 @@ def own_fields(values: object, name: str) -> tuple[object, object]:
     return {key: value for key, value in values.items() if key not in ADDED}, entry
 
 
-def check_model_file(folder: Path) -> None:
-    """Refuse a folder whose `hla.py` is not what `save` writes: it never runs here, but mlx-lm runs it."""
+def check_code(folder: Path) -> None:
+    """Refuse a folder with code that is not ours: none of it runs here, but mlx-lm or transformers would."""
     path = folder / MODEL_FILE
-    if path.exists() and read_bytes(path, 1 << 16) != SOURCE:
+    if os.path.lexists(path) and read_bytes(path, 1 << 16) != SOURCE:
         raise InputError(
             f"{path}: not the file that mlx-hla writes, and mlx-lm would run it: remove it first"
         )
+    path = folder / TOKENIZER_CONFIG
+    if os.path.lexists(path) and "auto_map" in str(read_json(path)):
+        raise InputError(f"{path}: names code to run (auto_map): not a folder of mlx-hla")
 
 
 def check_token_ids(values: object, tokenizer: Tokenizer, name: str) -> None:

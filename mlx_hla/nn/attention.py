@@ -109,7 +109,8 @@ class HLAttention(nn.Module):
         _check_choice("backend", backend, (None, "mlx", "metal"))
         for name, flag in {"output_norm": output_norm, "normalize": normalize, "bias": bias}.items():
             _check_choice(name, flag, (False, True))
-        if conv_size and (not isinstance(conv_size, int) or conv_size < 2):
+        whole = isinstance(conv_size, int) and not isinstance(conv_size, bool)
+        if conv_size is not None and (not whole or conv_size < 0 or conv_size == 1):
             raise ValueError(
                 f"[HLAttention] conv_size must be None, 0 or an integer of at least 2, got {conv_size!r}"
             )
@@ -198,6 +199,9 @@ class HLAttention(nn.Module):
 
         # The cache changes only when all of the call has gone well.
         carried = HLACache() if cache is None else copy.copy(cache)
+        if carried.memory is not None and (carried.conv is None) == ("conv" in self):
+            got = "one without" if carried.conv is None else "one with"
+            raise ValueError(f"[HLAttention] cache must be of this layer, got {got} inputs of a convolution")
         qkv = self.qkv_proj(x)
         dtype = qkv.dtype
         if dtype == mx.float16:

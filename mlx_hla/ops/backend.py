@@ -14,6 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_hla.errors import InputError
+
 from .. import kernels
 from . import metal
 from .checks import Call, canonical, canonical_step, choice
@@ -37,7 +39,10 @@ def _preferred(operator: Operator, call: Call) -> bool:
 
 def _on_metal(operator: Operator, call: Call, backend: str | None) -> bool:
     choice(call.op, "backend", backend, (None, "mlx", "metal"))
-    if backend == "mlx" or (backend is None and os.environ.get("MLX_HLA_BACKEND") == "mlx"):
+    wish = os.environ.get("MLX_HLA_BACKEND") or None
+    if wish not in (None, "mlx"):
+        raise InputError(f"the environment variable MLX_HLA_BACKEND must be mlx or unset, got {wish[:60]!r}")
+    if backend == "mlx" or (backend is None and wish):
         return False
     why = _why_not(call)
     if backend == "metal" and why:

@@ -57,7 +57,9 @@ def stop_on_signals(say: Callable[[str], None]) -> Iterator[Stop]:
             stop.set()
             say(f"stopping after {stop.busy_with}, which is under way; once more ends at once")
 
-    watched = (signal.SIGINT, signal.SIGTERM)
+    # What is ignored (by nohup, or behind a script's back) stays so; None is not Python's to restore.
+    both = (signal.SIGINT, signal.SIGTERM)
+    watched = [s for s in both if signal.getsignal(s) not in (signal.SIG_IGN, None)]
     before = {s: signal.signal(s, lambda *_: stop.set()) for s in watched}
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     thread = threading.Thread(target=listen, daemon=True)

@@ -86,6 +86,9 @@ FULL = tuple(at for at in ("/dev/full",) if os.path.exists(at))
 ODD_PATHS += ("too-long", "nul", "locked")
 
 
+COMMANDS = tuple(name for name in cli.COMMANDS if name != "lm")  # that one's flags are mlx-lm's
+
+
 def base(place: Any, command: str) -> Flags:
     """Flags of a call that goes well, and quickly."""
     model, corpus = str(place.good("model")), str(place.good("corpus"))
@@ -144,7 +147,7 @@ def _flag(place: Any, command: str, flag: str, value: str, joined: bool) -> Any:
 
 
 def _flag_cases() -> Iterator[Case]:
-    for command in cli.COMMANDS:
+    for command in COMMANDS:
         for action in _options(command):
             flag = action.option_strings[0].removeprefix("--")
             rng = random.Random(f"{SEED} {command} {flag}")
@@ -198,7 +201,7 @@ def _short(value: str) -> str:
 
 def _path_cases() -> Iterator[Case]:
     flags = {
-        "generate": ("model",),
+        "generate": ("model", "load-state", "save-state"),
         "info": ("model",),
         "eval": ("model", "data"),
         "train": ("data", "tokenizer", "init-from", "out"),
@@ -206,7 +209,9 @@ def _path_cases() -> Iterator[Case]:
     for command, names in flags.items():
         for flag in names:
             for kind in ODD_PATHS:
-                if flag == "out" and kind in ("absent", "folder", "dangling"):
+                if flag == "save-state" and kind in ("file", "loop"):
+                    continue  # what a file may replace
+                if flag in ("out", "save-state") and kind in ("absent", "folder", "dangling"):
                     continue  # a place for a run
 
                 def call(place, command=command, flag=flag, kind=kind):
@@ -301,6 +306,59 @@ def _contradictions() -> Iterator[Case]:
             yield Case(f"commands:{command}-{name}", lambda p, c=command, f=flags: _together(p, c, f))
 
 
+# Flags whose large values are no nonsense but a long wait.
+PATIENCE = {"steps": 3, "samples": 2, "max-tokens": 64, "num-layers": 7, "valid-batches": 2, "accumulate": 3}
+PATIENCE |= {"repeats": 1, "head-dim": 64, "dims": 64, "hidden-dims": 64, "num-heads": 16, "batch-size": 64}
+LEFT_OUT = {
+    "save-state",
+    "load-state",
+    "version",
+    "prompt",
+    "stop",
+    "data",
+    "model",
+    "out",
+    "tokenizer",
+    "init-from",
+    "preset",
+    "resume",
+}
+INTS, FLOATS = (
+    (0, 1, 2, 3, 5, 7, 16, 64, 1000, 2**31, -1),
+    ("0", "1e-30", "1e-8", "0.1", "0.5", "0.999", "1", "2"),
+)
+FLOATS += ("100", "1e10", "1e-300", "-0.0")
+
+
+def _random_flags(rng: random.Random, command: str) -> Flags:
+    """A few flags with values that may be good, bad, or bad together."""
+    options = [a for a in _options(command) if a.option_strings[0][2:] not in LEFT_OUT]
+    words: Flags = []
+    for action in rng.sample(options, min(len(options), rng.randint(2, 5))):
+        flag, kind = action.option_strings[0], getattr(action.type, "__name__", None)
+        if action.nargs == 0:
+            words.append(rng.choice(action.option_strings))
+        elif kind == "int":
+            most = PATIENCE.get(flag[2:], 2**31)
+            words.append(f"{flag}={rng.choice([n for n in INTS if n <= most])}")
+        elif kind == "float":
+            words.append(f"{flag}={rng.choice(FLOATS)}")
+        else:
+            operators = ("softmax", "first", "ahla", "hla3", "mixed", "readout", "4", "5")
+            words.append(
+                f"{flag}={rng.choice([*(action.choices or ()), *operators, 'none', 'rms', 'l2', 'fixed'])}"
+            )
+    return words
+
+
+def _random_cases() -> Iterator[Case]:
+    for command, count in {"train": 150, "eval": 60, "generate": 90}.items():
+        for seed in range(count):
+            words = _random_flags(random.Random(f"{SEED} {command} {seed}"), command)
+            name = f"commands:{command}-random-{seed}" + "".join(w.replace("--", "-") for w in words)[:70]
+            yield Case(name, lambda p, c=command, w=words: p.command(*base(p, c), *w), EITHER)
+
+
 WRONG_STARTS = (
     [],
     [""],
@@ -393,5 +451,5 @@ def _stream_cases() -> Iterator[Case]:
 
 
 def cases() -> Iterator[Case]:
-    for make in (_flag_cases, _path_cases, _contradictions, _stream_cases):
+    for make in (_flag_cases, _path_cases, _contradictions, _random_cases, _stream_cases):
         yield from make()

@@ -36,8 +36,8 @@ from .values import (
     without,
 )
 
-SEED, AN_ARGUMENT = 11, 5  # cases for each argument
-STREAM = np.arange(100, dtype=np.uint16)
+SEED, AN_ARGUMENT = 11, 100  # cases for each argument
+STREAM, TOKEN_SIZES = np.arange(100, dtype=np.uint16), np.ones(380)
 
 
 @cache
@@ -313,7 +313,7 @@ def _model_rows() -> Iterator[Row]:
     for name in ("batch_size", "context", "max_batches"):
         yield f"Scorer.{name}", lambda x, n=name: _score(**{n: x}), COUNT
     yield "Scorer.dtype", lambda x: _score(dtype=x)(model().parameters()), ("float32", None, 3, mx.int32)
-    yield "Scorer.stream", lambda x: _score(stream=x), streams
+    yield "Scorer.stream", lambda x: _score(stream=x), (*streams[:5], streams[6])
     yield "Scorer.token_sizes", lambda x: _score(sizes=x), (None, "x", 3, [1], np.ones(3), np.zeros(380))
     headers = (None, [], "", 3, [3], [None], [b"def f():"], b"x")
     yield "parse_share.headers", lambda x: _parse(headers=x), headers
@@ -340,9 +340,9 @@ def _model_rows() -> Iterator[Row]:
     )
 
 
-def _score(stream=STREAM, sizes=None, **options):
+def _score(stream=STREAM, sizes=TOKEN_SIZES, **options):
     given = {"batch_size": 2, "context": 16, "dtype": mx.float32, **options}
-    return Scorer(model(), stream, np.ones(380) if sizes is None else sizes, **given)
+    return Scorer(model(), stream, sizes, **given)
 
 
 def _parse(headers=("def f():",), **options):
@@ -367,7 +367,7 @@ def _layer_rows() -> Iterator[Row]:
         optional = name not in ("dims", "num_heads")
         pool = [*(COUNT if optional else NOT_WHOLE), *more]
         yield f"HLAttention.{name}", lambda v, n=name: layer(**{n: v}), pool
-    yield "HLAttention.conv_size", lambda v: layer(conv_size=v), [1, *without(NOT_WHOLE, None, "", {})]
+    yield "HLAttention.conv_size", lambda v: layer(conv_size=v), [1, *without(NOT_WHOLE, None)]
     for name in ("output_norm", "normalize", "bias"):
         yield f"HLAttention.{name}", lambda v, n=name: layer(**{n: v}), NOT_BOOL
     yield "HLAttention.output_gate", lambda v: layer(output_gate=v), ["relu", *NOT_BOOL]
@@ -455,7 +455,7 @@ def _layer_rows() -> Iterator[Row]:
 def _cache(kind: int) -> nn.HLACache:
     """A cache that another layer left, or that nobody did."""
     other = nn.HLAttention(
-        16, 2, **[{"operator": "ahla"}, {"head_dim": 4}, {"conv_size": 3}, {"conv_size": 0}][kind % 4]
+        16, 2, **[{"operator": "ahla"}, {"head_dim": 4}, {"conv_size": 3}, {"num_heads": 4}][kind % 4]
     )
     left = other.make_cache()
     other(mx.zeros((1 if kind >= 4 else 2, 2, 16)), cache=left)
