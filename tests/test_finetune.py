@@ -215,6 +215,17 @@ def test_messages_count_what_the_assistant_says(base, tmp_path):
     assert only[0][0] == "system:\nBe brief.\nuser:\nSay 99\nassistant:\n"
 
 
+def test_examples_beside_code_are_text(base, pairs, texts, tmp_path):
+    (tmp_path / "f.py").write_text(TEXT * 20)
+    (tmp_path / "pairs.jsonl").write_text(pairs.read_text())
+    assert not read_material(settings(base, tmp_path, "x")).examples
+    (tmp_path / "f.py").unlink()
+    assert read_material(settings(base, tmp_path, "x")).examples
+    (tmp_path / "a.jsonl").write_text("{")
+    with pytest.raises(InputError, match="empty or too small"):
+        read_material(settings(base, tmp_path, "x"))
+
+
 def test_long_examples_keep_their_answers(base):
     tokenizer = load(base)[1]
     row = encode(tokenizer, (("x = 1\n" * 30, False), ("return x", True)))

@@ -234,7 +234,8 @@ def fuse(adapter: str | Path, out: str | Path, model: str | Path | None = None) 
     if (out / WEIGHTS).exists():
         raise InputError(f"{out}: holds a model already; choose another folder")
     about = read_config(as_path("the adapter's folder", adapter))
-    source = PRETRAINED if (model or about.model) is None else Path(model or about.model or "")
+    given = about.model if model is None else model
+    source = PRETRAINED if given is None else as_path("the model's folder", given)
     whole, tokenizer = load_adapted(adapter, source, mx.float32)
     keep = about.how.bits is None
     fused = [(p, m.fuse(dequantize=not keep)) for p, m in whole.named_modules() if hasattr(m, "fuse")]

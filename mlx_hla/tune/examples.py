@@ -6,8 +6,9 @@ Text is read as `mlx-hla train` reads it. A file of JSON lines may instead hold 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
 
 of which only the completion, or what the assistant says, counts for the loss. These models have no chat
-format of their own: messages are written as "role:\\ncontent\\n", one after the other. A folder of examples
-that has a valid.jsonl validates on that; else the split is by a hash of the line.
+format of their own: messages are written as "role:\\ncontent\\n", one after the other, and a prompt for the
+adapted model ends with "assistant:\\n". A folder that has a valid.jsonl validates on that; else the
+split is by a hash of the line.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def read_material(settings: FinetuneConfig) -> Material:
     if settings.data is None:
         raise InputError("no data: give --data, a folder or a file to learn from")
     path = as_path("data", settings.data)
-    files = _example_files(path)
+    files = _example_files(path, settings.suffix)
     if files:
         return _read_examples(path, files, settings)
     corpus = data.load_corpus(path, settings.valid_fraction, settings.max_bytes, settings.suffix)
@@ -75,12 +76,21 @@ def read_material(settings: FinetuneConfig) -> Material:
     return Material(corpus.name, train, valid, False, corpus.digest, corpus.describe())
 
 
-def _example_files(path: Path) -> list[Path]:
-    """The files of JSON lines, if the first of them holds examples; else none."""
+def _example_files(path: Path, suffix: str | None) -> list[Path]:
+    """The files of JSON lines, if the first of them holds examples; else none.
+
+    A folder counts if it has a train.jsonl, or no other text: examples beside code are part of the code.
+    """
     files = [path] if path.suffix == ".jsonl" else []
-    if path.is_dir():
-        files = sorted(p for p in path.glob("*.jsonl") if p.name != "test.jsonl")
-    first = next(_lines(files[0]), None) if files else None
+    if path.is_dir() and suffix is None:
+        texts = [p for p in path.iterdir() if p.suffix in data.TEXT_SUFFIXES and not p.is_dir()]
+        files = sorted(p for p in texts if p.suffix == ".jsonl" and p.name != "test.jsonl")
+        if "train.jsonl" not in {p.name for p in files} and any(p.suffix != ".jsonl" for p in texts):
+            return []
+    try:
+        first = next(_lines(files[0]), None) if files else None
+    except InputError:
+        return []  # whoever reads it as text will say what is wrong, or leave it out
     return files if isinstance(first, dict) and ("messages" in first or "prompt" in first) else []
 
 
