@@ -1,4 +1,4 @@
-"""The command line: `mlx-hla generate | train | eval | info | selftest | lm`.
+"""The command line: `mlx-hla generate | train | eval | info | finetune | fuse | selftest | lm`.
 
 Flags are the fields of the dataclasses that they fill. What a user got wrong is told in one line on stderr,
 with a non-zero exit status: 1, or 2 for flags that do not parse; 130 after Ctrl-C. MLX_HLA_DEBUG=1 shows the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import sys
@@ -51,6 +52,7 @@ def _generate_arguments(parser):
     add = parser.add_argument
     add("--prompt", help="text to continue; -, or no --prompt: read it from stdin")
     add("--model", help="folder of a model; by default the one that ships with the package")
+    add("--adapter", metavar="FOLDER", help="an adapter of finetune's, on top of the model that it is for")
     add("--max-tokens", type=int, default=256, help="tokens at most")
     add("--save-state", metavar="FILE", help="keep what the prompt leaves in the model, to go on from later")
     add("--load-state", metavar="FILE", help="go on from there; --prompt, if given, is read after it")
@@ -60,9 +62,15 @@ def _generate_arguments(parser):
     add_fields(parser, Sampling)
 
 
+def _load(args):
+    """(model, tokenizer) of --model, with --adapter on top."""
+    if args.adapter is None:
+        return importlib.import_module("mlx_hla.models").load(args.model)
+    return importlib.import_module("mlx_hla.tune").load_adapted(args.adapter, args.model)
+
+
 def _generate(args) -> int:
     from mlx_hla.generate import stream_generate
-    from mlx_hla.models import load
     from mlx_hla.sampling import Sampling
 
     sampling = Sampling(**given(args, Sampling))
@@ -70,7 +78,7 @@ def _generate(args) -> int:
     prompt = "" if args.load_state is not None and args.prompt is None else _read_prompt(args.prompt)
     if len(prompt) > LONG_PROMPT:
         hint_at_openblas()
-    model, tokenizer = load(args.model)
+    model, tokenizer = _load(args)
     stops = [s.replace("\\n", "\n").replace("\\t", "\t") for s in args.stop]
     chunks = stream_generate(
         model,
@@ -259,19 +267,21 @@ def _eval(args) -> int:
 
 def _info_arguments(parser):
     parser.add_argument("--model", help="folder of a model; by default the one that ships with the package")
+    parser.add_argument("--adapter", metavar="FOLDER", help="an adapter of finetune's, to tell of with it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _info(args) -> int:
     import mlx.core as mx
 
-    from mlx_hla.models import PRETRAINED, load
+    from mlx_hla.models import PRETRAINED
     from mlx_hla.models.io import WEIGHTS, read_header
     from mlx_hla.models.quantization import entry_of, parameter_counts
     from mlx_hla.nn.cache import cache_bytes
 
-    folder = PRETRAINED if args.model is None else args.model
-    model, tokenizer = load(folder)
+    about = importlib.import_module("mlx_hla.tune.commands").about(args.adapter)
+    folder = args.model or about.pop("base", None) or PRETRAINED
+    model, tokenizer = _load(args)
     config = model.config
     parts = {"embedding": 0, "mixers": 0, "mlps": 0, "norms": 0}
     for name, count in parameter_counts(model).items():
@@ -291,6 +301,7 @@ def _info(args) -> int:
         "weights_bytes": os.path.getsize(os.path.join(folder, WEIGHTS)),
         "weights_dtypes": sorted({d for d, _ in read_header(os.path.join(folder, WEIGHTS)).values()}),
         "state_bytes_after_tokens": state,
+        **about,
     }
     if args.json:
         print(json.dumps(result))
@@ -300,6 +311,8 @@ def _info(args) -> int:
     print(f"  weights: {result['weights_bytes'] / 1e6:.2f} MB of {', '.join(result['weights_dtypes'])}")
     shown = ", ".join(f"{n:,} bytes after {tokens} tokens" for tokens, n in state.items())
     print(f"  state of one text: {shown}")
+    if about:
+        print(f"  adapter: {json.dumps(about['adapter'])}")
     if result["quantization"]:
         print(f"  quantization: {json.dumps(result['quantization'])}")
     for name, value in result["config"].items():
@@ -307,19 +320,13 @@ def _info(args) -> int:
     return 0
 
 
-# --- selftest
+def _late(about: str, module: str, add_arguments: str = "add_arguments", run: str = "run") -> Command:
+    """A command by the names of its functions, in a module that is imported when one is called."""
 
+    def function(name: str) -> Callable[[Any], Any]:
+        return lambda value: getattr(importlib.import_module(f"mlx_hla.{module}"), name)(value)
 
-def _selftest_arguments(parser):
-    from mlx_hla import selftest
-
-    selftest.add_arguments(parser)
-
-
-def _selftest(args) -> int:
-    from mlx_hla import selftest
-
-    return selftest.run(args)
+    return Command(about, function(add_arguments), function(run))
 
 
 # --- lm
@@ -342,9 +349,9 @@ COMMANDS = {
     "train": Command("train a model, on the Python standard library or your text", _train_arguments, _train),
     "eval": Command("nats per byte of held-out text; share of samples that parse", _eval_arguments, _eval),
     "info": Command("what a model is made of", _info_arguments, _info),
-    "selftest": Command(
-        "run every Metal kernel on this machine and check it", _selftest_arguments, _selftest
-    ),
+    "finetune": _late("adapt a model to your text: LoRA, DoRA or full", "tune.commands"),
+    "fuse": _late("write a model and its adapter as one", "tune.commands", "fuse_arguments", "run_fuse"),
+    "selftest": _late("run every Metal kernel on this machine and check it", "selftest"),
     "lm": Command("run a command of mlx-lm's, which then knows these models", _lm_arguments, _lm),
 }
 

@@ -29,7 +29,7 @@ def test_generate_reads_its_prompt_from_stdin():
     assert '"prompt": "import os' in result.stdout
 
 
-@pytest.mark.parametrize("name", ["generate.py", "train.py"])
+@pytest.mark.parametrize("name", ["generate.py", "train.py", "finetune.py"])
 def test_help_shows_defaults(name):
     result = run(name, "--help")
     assert result.returncode == 0

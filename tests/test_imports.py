@@ -22,6 +22,7 @@ RANKS = [
     {"nn"},
     {"models"},
     {"generate", "reading", "train", "evaluate", "selftest", "mlx_lm"},
+    {"tune"},
     {"cli", "__main__", "pretrained"},
 ]
 ACROSS = {
@@ -140,7 +141,7 @@ HEAVY = {"tqdm", "matplotlib", "mlx_lm", "transformers", "torch", "ziglang", "se
 
 
 @pytest.mark.parametrize(
-    "module", ["mlx_hla", "mlx_hla.nn", "mlx_hla.models", "mlx_hla.train", "mlx_hla.cli"]
+    "module", ["mlx_hla", "mlx_hla.nn", "mlx_hla.models", "mlx_hla.train", "mlx_hla.tune", "mlx_hla.cli"]
 )
 def test_importing_is_light(module):
     """No optional dependency is imported and no kernel is built until something needs it."""

@@ -17,7 +17,7 @@ from mlx_hla.errors import InputError
 # As `write_atomic` and `new_folder` name what is not whole yet.
 _UNFINISHED = re.compile(
     r"\.[0-9a-f]{8}\.(checkpoint|config\.json|tokenizer\.model|model\.safetensors|log\.jsonl|loss\.png"
-    r"|hla\.py|tokenizer\.json|tokenizer_config\.json)"
+    r"|hla\.py|tokenizer\.json|tokenizer_config\.json|adapters\.safetensors|adapter_config\.json)"
 )
 
 

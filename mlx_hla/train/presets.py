@@ -81,11 +81,15 @@ class TrainConfig:
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then a cosine from `lr` to `final_lr · lr`. Steps count from 0."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(1, self.steps - 1 - self.warmup)
-        height = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return self.lr * (self.final_lr + (1 - self.final_lr) * height)
+        return warmed_cosine(step, self.steps, self.warmup, self.lr, self.final_lr)
+
+
+def warmed_cosine(step: int, steps: int, warmup: int, lr: float, final_lr: float) -> float:
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    height = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return lr * (final_lr + (1 - final_lr) * height)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,16 @@ class Report:
     `log.jsonl`; "step" counts steps taken, so the first step's loss stands at 1.
     """
 
-    def __init__(self, out: Path, *, start: int, steps: int, tokens_per_step: int, log_every: int):
+    def __init__(
+        self,
+        out: Path,
+        *,
+        start: int,
+        steps: int,
+        tokens_per_step: int,
+        log_every: int,
+        bytes_per_token: float | None = None,
+    ):
         self._path = out / LOG
         self._events = _kept(self._path, start)
         # Replaced by what is kept: the steps beyond the checkpoint will be taken again.
@@ -36,6 +45,7 @@ class Report:
         write_atomic(self._path, lambda file: file.write(kept))
         self._file = self._path.open("a", encoding="utf-8")
         self._steps, self._tokens, self._every = steps, tokens_per_step, log_every
+        self._ratio = bytes_per_token  # of the held-out text, to tell its loss per token too
         self._bar = None
         if sys.stderr.isatty():
             self._bar = require("tqdm").tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
@@ -94,7 +104,8 @@ class Report:
         self._valid = nats_per_byte
         self.event("valid", step=step, nats_per_byte=nats_per_byte)
         if self._bar is None:
-            self.say(f"step {step}/{self._steps}: validation {nats_per_byte:.4f} nats/byte")
+            more = "" if self._ratio is None else f", {nats_per_byte * self._ratio:.4f} nats/token"
+            self.say(f"step {step}/{self._steps}: validation {nats_per_byte:.4f} nats/byte{more}")
 
     def pause(self):
         """A context whose time does not count as training."""

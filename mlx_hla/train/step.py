@@ -41,7 +41,7 @@ class Trainer:
             weight_decay=settings.weight_decay,
             bias_correction=True,
         )
-        self.params = tree_map(lambda a: a.astype(mx.float32), model.parameters())
+        self.params = tree_map(lambda a: a.astype(mx.float32), model.trainable_parameters())
         self._optimizer.init(self.params)
         self.state = self._optimizer.state
         self._value_and_grad = mx.value_and_grad(self._loss)

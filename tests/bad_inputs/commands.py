@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import random
 import socket
@@ -46,7 +47,7 @@ ZERO_IS_NONE = (
     "seed",
     "conv-size",
 )
-ZERO_IS_NONE += ("weight-decay", "beta1", "beta2", "dropout", "final-lr")
+ZERO_IS_NONE += ("patience", "sample-tokens", "weight-decay", "beta1", "beta2", "dropout", "final-lr")
 HUGE = {"seed", "batch-size", "accumulate", "context", "dims", "num-layers", "num-heads", "num-kv-heads"}
 HUGE |= {"head-dim", "hidden-dims", "conv-size", "steps", "warmup", "valid-every", "save-every", "log-every"}
 HUGE |= {"repetition-window", "max-bytes", "lr", "temperature", "rope-theta", "norm-eps", "min-p", "top-p"}
@@ -86,7 +87,9 @@ FULL = tuple(at for at in ("/dev/full",) if os.path.exists(at))
 ODD_PATHS += ("too-long", "nul", "locked")
 
 
-COMMANDS = tuple(name for name in cli.COMMANDS if name != "lm")  # that one's flags are mlx-lm's
+LM = importlib.util.find_spec("mlx_lm") is not None  # without the extra, `finetune` and `fuse` only name it
+# The flags of `lm` are mlx-lm's.
+COMMANDS = tuple(n for n in cli.COMMANDS if n != "lm" and (LM or n not in ("finetune", "fuse")))
 
 
 def base(place: Any, command: str) -> Flags:
@@ -100,6 +103,9 @@ def base(place: Any, command: str) -> Flags:
         f"--tokenizer {place.good('tokenizer')} "
         "--steps 1 --warmup 1 --batch-size 2 --context 16 --dims 16 --num-layers 1 --hidden-dims 24 "
         "--valid-fraction 0.2 --valid-batches 1",
+        "finetune": f"--model {model} --data {corpus} --out {place.path / 'out'} --steps 1 --warmup 1 "
+        "--batch-size 2 --context 16 --rank 2 --valid-fraction 0.2 --valid-batches 1 --sample-tokens 2",
+        "fuse": f"--adapter {place.good('adapter') if command == 'fuse' else ''} --out {place.path / 'out'}",
         "selftest": "--repeats 1 --family first --dtype float32",
     }
     return [command, *words[command].split()]
@@ -157,7 +163,10 @@ def _flag_cases() -> Iterator[Case]:
                 values = [(v, REFUSED) for v in rng.sample(["yes", "1", "", "false"], 1)]
             elif kind == "int":
                 values = [(v, REFUSED) for v in rng.sample(NO_INT, 3)]
-                values += [("-1", REFUSED), ("0", EITHER if flag in ZERO_IS_NONE else REFUSED)]
+                values += [
+                    ("-1", ACCEPTED if flag == "layers" else REFUSED),
+                    ("0", EITHER if flag in ZERO_IS_NONE else REFUSED),
+                ]
                 values += [("9" * 30, EITHER)] if flag in HUGE - {"steps"} else []
             elif kind == "float":
                 values = [(v, REFUSED) for v in rng.sample(NO_FLOAT, 4)]
@@ -205,7 +214,10 @@ def _path_cases() -> Iterator[Case]:
         "info": ("model",),
         "eval": ("model", "data"),
         "train": ("data", "tokenizer", "init-from", "out"),
+        "finetune": ("model", "data", "out"),
+        "fuse": ("model", "adapter", "out"),
     }
+    flags = {command: names for command, names in flags.items() if command in COMMANDS}
     for command, names in flags.items():
         for flag in names:
             for kind in ODD_PATHS:
@@ -289,18 +301,37 @@ CONTRADICTIONS: dict[str, tuple[str, ...]] = {
         "extra words",
         "--json --prompt",
     ),
+    "finetune": (
+        "--resume",
+        "--resume --lr 0.1",
+        "--type qlora",
+        "--type full --bits 4",
+        "--bits 5",
+        "--bits 4",  # no width of this model can be packed
+        "--layers 0",
+        "--layers 2",
+        "--rank 100000",
+        "--suffix .swift",
+        "--context 100000",
+        "--batch-size 1000000 --context 1000",
+        "--lr 1e30 --steps 20",
+        "--valid-fraction 1",
+        "--max-bytes 1",
+        "--no-pack --data {tokenizer}",
+    ),
+    "fuse": ("--out {model}", "--adapter {model}", "--model {adapter}", "more"),
     "info": ("--json --model", "--model", "more", "--json=x"),
     "selftest": ("--repeats 0", "--family hla9", "--dtype int8", "--repeats -1", "--family", "--json=1"),
 }
 
 
 def _together(place: Any, command: str, flags: str) -> Any:
-    good = {name: place.good(name) for name in ("model", "tokenizer")}
+    good = {name: place.good(name) for name in ("model", "tokenizer", "adapter") if f"{{{name}}}" in flags}
     return place.command(*base(place, command), *flags.format(**good).split())
 
 
 def _contradictions() -> Iterator[Case]:
-    for command, several in CONTRADICTIONS.items():
+    for command, several in ((c, CONTRADICTIONS[c]) for c in COMMANDS):
         for flags in several:
             name = _short(flags) if len(flags) < 20 else flags.replace(" ", "_")[:50]
             yield Case(f"commands:{command}-{name}", lambda p, c=command, f=flags: _together(p, c, f))

@@ -54,3 +54,13 @@ def run(place, path: Path) -> None:
     """A finished run of two steps, which a third can lengthen."""
     sizes = {k: v for k, v in SIZES.items() if k != "vocab_size"}
     train(*preset("tiny", sizes, settings(place, path)))
+
+
+def adapter(place, path: Path) -> None:
+    """An adapter of one step."""
+    from mlx_hla.tune import FinetuneConfig, finetune
+
+    given = {"model": str(place.good("model")), "sample_tokens": 0, "context": 16, "rank": 2, "steps": 1}
+    own = settings(place, path, **given)
+    del own["tokenizer"]
+    finetune(FinetuneConfig(**own))

@@ -1,0 +1,451 @@
+"""Fine-tuning: what is learned, what counts, what is kept, and how a run goes on."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_hla import cli
+from mlx_hla.errors import InputError
+from mlx_hla.models import LanguageModel, ModelConfig, load, save
+from mlx_hla.tokenizer import train_tokenizer
+from mlx_hla.train.checkpoint import find_checkpoints
+from mlx_hla.trees import flat
+from mlx_hla.tune import FinetuneConfig, finetune, load_adapted, resume
+from mlx_hla.tune.examples import Windows, encode, pieces, read_material, train_batches, valid_batches
+from mlx_hla.tune.tuner import Tuner, Validation, masked_mean
+
+pytest.importorskip("mlx_lm")
+
+SMALL = {"vocab_size": 380, "dims": 64, "num_layers": 2, "num_heads": 2, "hidden_dims": 128, "context": 32}
+TEXT = "def f(x):\n    return x\nimport os, sys\n"
+QUICK = {
+    "steps": 6,
+    "batch_size": 2,
+    "warmup": 2,
+    "lr": 2e-3,
+    "valid_every": 2,
+    "save_every": 3,
+    "valid_fraction": 0.3,
+    "sample_tokens": 3,
+    "log_every": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    save(folder, LanguageModel(ModelConfig(**SMALL), seed=5), train_tokenizer([TEXT * 30], 380), mx.float32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for i in range(20):
+        (folder / f"f{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n\n\nprint(f{i}(2))\n" * 4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [{"prompt": f"def f{i}(x):\n", "completion": f"    return x + {i}\n"} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def settings(base, data, out, **changes):
+    return FinetuneConfig(**{**QUICK, "model": str(base), "data": str(data), "out": str(out), **changes})
+
+
+def events(out, kind):
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["event"] == kind]
+
+
+def losses(out):
+    return [(row["step"], row["loss"]) for row in events(out, "step")]
+
+
+def trained(out):
+    return find_checkpoints(out)[-1] / "trained.safetensors"
+
+
+def logits(model):
+    return model(mx.arange(3, 23)[None])
+
+
+@pytest.fixture(scope="module")
+def whole(base, texts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return finetune(settings(base, texts, out))
+
+
+# --- what is learned
+
+
+def test_a_run_lowers_the_loss_and_tells_of_it(whole, base):
+    assert whole.finished
+    assert whole.step == whole.best_step == 6
+    assert whole.best < whole.before
+    assert [row["step"] for row in events(whole.out, "valid")] == [0, 2, 4, 6]
+    assert events(whole.out, "valid")[0]["nats_per_byte"] == whole.before
+    samples = events(whole.out, "sample")
+    assert [s["when"] for s in samples] == ["before", "after"]
+    assert samples[0]["prompt"] == samples[1]["prompt"]
+    names = {p.name for p in whole.out.iterdir()}
+    assert names == {"adapters.safetensors", "adapter_config.json", "log.jsonl", "checkpoint-00000006"}
+    adapted, _ = load_adapted(whole.out)
+    assert mx.abs(logits(adapted) - logits(load(base)[0])).max().item() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"type": "dora"},
+        {"type": "full", "lr": 1e-3},
+        {"bits": 4},
+        {"bits": 8, "type": "dora"},
+        {"layers": 1, "rank": 2, "scale": 4.0},
+        {"type": "full", "layers": 1},
+        {"dtype": "bfloat16"},
+        {"dtype": "bfloat16", "type": "full", "lr": 1e-3},
+        {"dropout": 0.1, "checkpoint_blocks": True, "accumulate": 2},
+        {"pack": False},
+    ],
+    ids=str,
+)
+def test_every_kind_learns_and_loads(base, texts, tmp_path, how):
+    done = finetune(settings(base, texts, tmp_path / "a", steps=2, **how))
+    assert done.best < done.before
+    model, _ = load_adapted(tmp_path / "a")
+    found = flat(mx.load(str(tmp_path / "a" / "adapters.safetensors")))
+    layers = {name.split(".")[1] for name in found}
+    assert layers == ({"1"} if how.get("layers") == 1 else {"0", "1"})
+    assert mx.isfinite(logits(model)).all().item()
+    # The adapter is the weights that were validated.
+    config = settings(base, texts, tmp_path, **how)
+    tokenizer = load(base)[1]
+    held = valid_batches(read_material(config), tokenizer, config, 32)
+    sizes = np.array([len(tokenizer.token_bytes(i)) for i in range(380)], np.float32)
+    again = Validation(model, held, sizes, mx.float32)(model.parameters())
+    assert again == pytest.approx(done.best, rel=1e-2 if "dtype" in how else 1e-4)
+
+
+def test_accumulation_is_a_larger_batch(base, texts, tmp_path):
+    """Two batches of two, of the same windows as one of four."""
+    model, tokenizer = load(base)
+    config = settings(base, texts, "x", type="full")
+    windows = train_batches(read_material(config), tokenizer, config, 16)
+    batches = [windows[0], windows[1]]
+    one = tuple(mx.concatenate([a[i] for a in batches]) for i in (0, 1))
+    results = []
+    for accumulate, given in ((1, [one]), (2, batches)):
+        trainer = Tuner(model, dataclasses.replace(config, accumulate=accumulate))
+        results.append([a.item() for a in trainer.step(0, given)])  # the loss and the gradient's norm
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_checkpointed_blocks_change_nothing(base, texts, tmp_path):
+    runs = [
+        finetune(settings(base, texts, tmp_path / str(flag), steps=2, checkpoint_blocks=flag))
+        for flag in (False, True)
+    ]
+    one, other = (dict(losses(run.out)) for run in runs)
+    assert one == pytest.approx(other, rel=1e-5)
+
+
+# --- what counts
+
+
+def test_the_loss_ignores_prompts(base):
+    model, tokenizer = load(base)
+    one = encode(tokenizer, (("def f(x):\n", False), ("return x", True)))
+    assert not one.counts[: len(tokenizer.encode("def f(x):\n")) + 1].any()
+    assert one.counts[-len(tokenizer.encode("return x")) - 1 :].all()  # and the end of the text
+    n = len(one.tokens) - 1
+    assert masked_mean(mx.ones((1, n)) * 7, mx.array(one.counts[None, 1:])).item() == 7
+    values = mx.where(mx.array(one.counts[None, 1:]), 1.0, mx.nan)  # what does not count may be anything
+    assert masked_mean(values, mx.array(one.counts[None, 1:])).item() == 1
+    # A gradient by the logits is zero wherever a prompt's token is predicted.
+    tokens, counts = mx.array(one.tokens[None]), mx.array(one.counts[None, 1:])
+
+    def loss(z):
+        picked = mx.take_along_axis(z, tokens[:, 1:, None], -1)[..., 0]
+        return masked_mean(mx.logsumexp(z, -1) - picked, counts)
+
+    grad = mx.abs(mx.grad(loss)(model(tokens[:, :-1]))).sum(-1)
+    assert ((grad > 0) == counts).all().item()
+
+
+def test_examples_are_split_and_masked(base, pairs, tmp_path):
+    config = settings(base, pairs, tmp_path / "a")
+    material = read_material(config)
+    assert material.examples
+    assert len(material.train) + len(material.valid) == 20
+    assert not set(material.train) & set(material.valid)
+    tokens, counts = Windows([encode(load(base)[1], s) for s in material.train], 2, 32, 0)[0]
+    assert tokens.shape == (2, 33)
+    assert 0 < counts.sum().item() < counts.size
+    done = finetune(config)
+    assert done.best < done.before
+    assert events(done.out, "sample")[0]["prompt"].startswith("def f")
+
+
+def test_messages_count_what_the_assistant_says(base, tmp_path):
+    def row(i):
+        say = [("system", "Be brief."), ("user", f"Say {i}"), ("assistant", f"It is {i}.")]
+        return {"messages": [{"role": r, "content": c} for r, c in say * 2]}
+
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in range(8)))
+    (tmp_path / "valid.jsonl").write_text(json.dumps(row(99)) + "\n")
+    material = read_material(settings(base, tmp_path, "x"))
+    assert len(material.train) == 8
+    (only,) = material.valid
+    assert [text for text, counts in only if counts] == ["It is 99.\n"] * 2
+    assert only[0][0] == "system:\nBe brief.\nuser:\nSay 99\nassistant:\n"
+
+
+def test_examples_beside_code_are_text(base, pairs, texts, tmp_path):
+    (tmp_path / "f.py").write_text(TEXT * 20)
+    (tmp_path / "pairs.jsonl").write_text(pairs.read_text())
+    assert not read_material(settings(base, tmp_path, "x")).examples
+    (tmp_path / "f.py").unlink()
+    assert read_material(settings(base, tmp_path, "x")).examples
+    (tmp_path / "a.jsonl").write_text("{")
+    with pytest.raises(InputError, match="empty or too small"):
+        read_material(settings(base, tmp_path, "x"))
+
+
+def test_long_examples_keep_their_answers(base):
+    tokenizer = load(base)[1]
+    row = encode(tokenizer, (("x = 1\n" * 30, False), ("return x", True)))
+    (kept,) = pieces(row, 32)
+    assert len(kept.tokens) == 33
+    assert kept.counts.sum() == row.counts.sum()
+    text = encode(tokenizer, (("x = 1\n" * 30, True),))
+    cut = pieces(text, 32)
+    assert sum(len(r.tokens) - 1 for r in cut) == len(text.tokens) - 1  # every token predicted once
+    assert [r.tokens[0] for r in cut[1:]] == [r.tokens[-1] for r in cut[:-1]]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "a"}',
+        '{"prompt": "a", "completion": 3}',
+        '{"prompt": "a", "completion": ""}',
+        '{"prompt": "a", "completion": "\\ud800"}',
+        '{"messages": [{"role": "user"}]}',
+        '{"messages": 5}',
+        "[]",
+        "{",
+    ],
+)
+def test_bad_examples_are_told_in_one_line(base, pairs, tmp_path, line):
+    (tmp_path / "bad.jsonl").write_text(pairs.read_text() + line + "\n")
+    with pytest.raises(InputError, match=r"bad\.jsonl") as e:
+        read_material(settings(base, tmp_path / "bad.jsonl", "x"))
+    assert "\n" not in str(e.value)
+
+
+# --- stopping and going on
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 5])
+def test_a_resumed_run_takes_the_same_steps(base, texts, whole, tmp_path, monkeypatch, at):
+    step = Tuner.step
+
+    def stopped(self, number, *rest):
+        if number == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, number, *rest)
+
+    monkeypatch.setattr(Tuner, "step", stopped)
+    out = tmp_path / "a"
+    first = finetune(settings(base, texts, out))
+    assert not first.finished
+    assert first.step == at + 1  # the step under way is finished
+    monkeypatch.setattr(Tuner, "step", step)
+    done = resume(out)
+    assert done.finished
+    assert losses(out) == losses(whole.out)
+    assert done._replace(out=None) == whole._replace(out=None)
+    a, b = (mx.load(str(f / "adapters.safetensors")) for f in (out, whole.out))
+    assert all(mx.array_equal(a[name], b[name]).item() for name in b)
+
+
+def test_early_stop_keeps_the_best(base, texts, tmp_path, monkeypatch):
+    out, told = tmp_path / "a", iter([3.0, 2.0, 1.0, 1.5, 1.2, 0.5])
+    monkeypatch.setattr(Validation, "__call__", lambda *_: next(told))
+    done = finetune(settings(base, texts, out, steps=40, patience=2))
+    assert done == (True, 8, 3.0, 1.0, 4, out)
+    assert resume(out) == done  # no more than was decided
+    kept, last = (mx.load(str(path)) for path in (out / "adapters.safetensors", trained(out)))
+    assert any(not mx.array_equal(kept[name], last[name]).item() for name in kept)
+
+
+def test_a_run_that_diverges_stops_and_keeps_the_adapter(base, texts, tmp_path, monkeypatch):
+    step = Tuner.step
+
+    def poisoned(self, number, *rest):
+        loss, norm = step(self, number, *rest)
+        return (mx.array(mx.nan) if number == 4 else loss), norm
+
+    monkeypatch.setattr(Tuner, "step", poisoned)
+    with pytest.raises(InputError, match="diverged: at step 5"):
+        finetune(settings(base, texts, tmp_path / "a"))
+    load_adapted(tmp_path / "a")
+
+
+def test_a_full_disk_leaves_the_adapter_and_the_run(base, texts, whole, tmp_path, monkeypatch):
+    out, really, count = tmp_path / "a", os.fsync, 0
+
+    def full(number):
+        nonlocal count
+        count += 1
+        if count > 7:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        really(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="No space left"):
+        finetune(settings(base, texts, out))
+    monkeypatch.undo()
+    load_adapted(out)
+    assert resume(out)._replace(out=None) == whole._replace(out=None)
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from mlx_hla.cli import main
+count, at, really = 0, int(sys.argv[1]), {what}
+def killed(*args, **options):
+    global count
+    count += 1
+    if count == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return really(*args, **options)
+{what} = killed
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "at"),
+    [("os.replace", n) for n in (1, 4, 6, 7, 8, 9, 12, 14)] + [("os.fsync", 8), ("pathlib.Path.rename", 2)],
+)
+def test_kill_9_leaves_the_adapter_whole_and_the_run_resumable(base, texts, whole, tmp_path, what, at):
+    out = tmp_path / "a"
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in QUICK.items()]
+    command = ["finetune", "--model", base, "--data", texts, "--out", out, *flags]
+    script = [sys.executable, "-c", KILLED.format(what=what), str(at), *command]
+    died = subprocess.run(script, capture_output=True, text=True, timeout=120)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    if not find_checkpoints(out):  # killed before it began
+        assert finetune(settings(base, texts, out))._replace(out=None) == whole._replace(out=None)
+        return
+    assert (out / "adapters.safetensors").exists() or at == 6  # the first was being put in its place
+    if at != 6:
+        load_adapted(out)
+    assert resume(out)._replace(out=None) == whole._replace(out=None)
+    assert losses(out) == losses(whole.out)
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+
+
+def test_kill_9_at_any_time(base, texts, tmp_path):
+    out = tmp_path / "a"
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in {**QUICK, "steps": 100000, "valid_every": 1}.items()]
+    command = [sys.executable, "-m", "mlx_hla", "finetune", "--model", base, "--data", texts, "--out", out]
+    with subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL) as run:
+        while not (out / "adapters.safetensors").exists():
+            time.sleep(0.05)
+            assert run.poll() is None
+        with pytest.raises(InputError, match="another run is at work"):
+            resume(out)
+        run.kill()
+    load_adapted(out)
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"type": "qlora"},
+        {"bits": 5},
+        {"bits": 4, "type": "full"},
+        {"rank": 0},
+        {"layers": 0},
+        {"scale": 0.0},
+        {"steps": 0},
+        {"lr": -1.0},
+        {"patience": -1},
+        {"prompt": ""},
+        {"context": 0},
+        {"valid_fraction": 1.0},
+    ],
+    ids=str,
+)
+def test_settings_are_checked(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        FinetuneConfig(**wrong)
+
+
+def test_a_folder_is_not_trained_into_twice(base, texts, whole):
+    with pytest.raises(InputError, match="holds a run"):
+        finetune(settings(base, texts, whole.out))
+    with pytest.raises(InputError, match="holds a run"):
+        finetune(settings(base, texts, base))
+
+
+def test_a_resumed_run_refuses_other_data_and_another_base(base, texts, tmp_path):
+    data, model = tmp_path / "data.py", tmp_path / "model"
+    data.write_text("def f(x):\n    return x\n" * 50)
+    ours, tokenizer = load(base, mx.float32)
+    save(model, ours, tokenizer, mx.float32)
+    finetune(settings(model, data, tmp_path / "a", steps=2))
+    data.write_text("def g(x):\n    return x\n" * 50)
+    with pytest.raises(InputError, match="not what the run began with"):
+        resume(tmp_path / "a")
+    ours.norm.weight = ours.norm.weight * 2
+    save(model, ours, tokenizer, mx.float32)
+    with pytest.raises(InputError, match="not the one that the run began with"):
+        resume(tmp_path / "a")
+
+
+def test_the_command_trains_and_resumes(base, texts, tmp_path, capsys):
+    out = str(tmp_path / "a")
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in QUICK.items()]
+    assert cli.main(["finetune", "--model", str(base), "--data", str(texts), "--out", out, *flags]) == 0
+    said = capsys.readouterr().out
+    for word in ("a sample before", "nats/token", "tokens/s", "peak", "a sample after", "% lower", "try it"):
+        assert word in said
+    assert cli.main(["finetune", "--resume", "--out", out]) == 0
+    capsys.readouterr()
+    assert cli.main(["finetune", "--resume", "--out", out, "--lr", "1"]) == 1
+    assert "leave out --lr" in capsys.readouterr().err
+    assert cli.main(["finetune", "--out", str(tmp_path / "b")]) == 1
+    assert "no data" in capsys.readouterr().err
+
+
+def test_without_mlx_lm_the_extra_is_named(base, texts, tmp_path):
+    script = (
+        "import sys; sys.modules['mlx_lm'] = None\n"
+        "from mlx_hla.cli import main\n"
+        f"sys.exit(main(['finetune', '--model', {str(base)!r}, '--data', {str(texts)!r}, "
+        f"'--out', {str(tmp_path / 'a')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "mlx-hla: error: mlx-lm is missing: pip install 'mlx-hla[lm]'\n"
