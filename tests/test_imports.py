@@ -20,8 +20,8 @@ RANKS = [
     {"kernels", "tokenizer", "reference", "sampling"},
     {"ops", "data"},
     {"nn"},
-    {"models"},
-    {"generate", "reading", "train", "evaluate", "selftest", "mlx_lm"},
+    {"models", "lm_caches"},
+    {"generate", "reading", "train", "evaluate", "selftest", "mlx_lm", "surgery"},
     {"cli", "__main__", "pretrained"},
 ]
 ACROSS = {
@@ -35,6 +35,7 @@ ACROSS = {
     ("losses", "trees"),
     ("evaluate", "generate"),
     ("reading", "generate"),
+    ("mlx_lm", "surgery"),
     ("__main__", "cli"),
 }
 RANK = {part: i for i, parts in enumerate(RANKS) for part in parts}

@@ -1,0 +1,352 @@
+"""Higher-order attention in chosen layers of a model of mlx-lm's.
+
+    from mlx_lm import load
+    from mlx_hla.mlx_lm import freeze_rest, swap
+
+    model, tokenizer = load(...)
+    swap(model, layers="odd", operator="hla2")   # then train: what a layer computes is another function now
+    freeze_rest(model)
+
+It serves decoders whose layers have a `self_attn` with `q_proj`, `k_proj`, `v_proj`, `o_proj`, called with
+`(x, mask, cache)`: Llama, Mistral, Qwen2, Qwen3, Gemma and more. Other layers are refused in one line.
+
+What is kept: the four projections as they are, biases, quantisation and adapters included, under their
+names; the number of heads and their groups; norms of queries and keys, where the layer has them; with
+`rope=True` its rotary positions. What is fresh, and how it starts:
+
+    q_norm, k_norm  where the layer has none: gains 1
+    conv            the identity: the last tap 1, the others 0, no activation
+    out_norm        the size of a value: the RMS of v_proj over random inputs that the layer's norm has seen
+    decay_gate      memories of 8 to 512 tokens, as in `HLAttention`
+
+What goes: softmax, its scale, soft caps of its logits, and a sliding window, whose place the decay takes.
+
+Caches. `model.make_cache()` gives an `ArraysCache` for a swapped layer and the model's own for the others. An
+mlx-lm model makes its mask from the cache of one layer, often the first; where that one is swapped, the mask
+comes from a layer that still has softmax attention. A swapped layer needs no causal mask, and takes the
+padding of a batch from its own cache. As a state cannot be unread, such a cache cannot be trimmed; and
+`max_kv_size`, which mlx-lm heeds for models without a `make_cache` only, is not heeded.
+
+Weights. `swap` a model that was built in the same way, then `load_weights`. The folder's config.json says
+nothing of a swap: `mlx_lm.load` alone cannot build it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_hla import lm_caches
+from mlx_hla.errors import about_import
+from mlx_hla.nn import HLAttention
+
+try:
+    from mlx_lm.models.cache import ArraysCache, KVCache
+except ImportError as e:
+    raise ImportError(about_import(e), name=e.name) from e
+
+# B batch, T time, D key dim
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_NORMS = ("q_norm", "k_norm")
+_HEADS = ("n_heads", "num_heads", "num_attention_heads")
+_KV_HEADS = ("n_kv_heads", "num_kv_heads", "num_key_value_heads")
+_SAMPLES = 256
+
+
+class Sizes(NamedTuple):
+    dims: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+
+
+class SwappedAttention(HLAttention):
+    """`HLAttention` over the projections of an attention of mlx-lm's, with its call."""
+
+    def __init__(self, attention: nn.Module, sizes: Sizes, value_size: float, rope: bool, **options: Any):
+        dims, num_heads, num_kv_heads, head_dim, value_dim = sizes
+        super().__init__(
+            dims,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            value_dim=value_dim,
+            **options,
+        )
+        for name in ("qkv_proj", "out_proj"):
+            del self[name]  # never computed: the projections below take their place
+        for name in (*PROJECTIONS, *(_NORMS if self.qk_norm == "rms" else ())):
+            if name in attention:
+                self[name] = attention[name]
+        if rope:
+            self.rope = attention["rope"]
+        if "conv" in self:
+            self.conv.activation = False
+            self.conv.weight = mx.zeros(self.conv.weight.shape)
+            self.conv.weight[:, -1] = 1
+        if "out_norm" in self:
+            self.out_norm.weight = mx.full((value_dim,), value_size)
+
+    def __call__(  # type: ignore[override]
+        self, x: mx.array, mask: mx.array | str | None = None, cache: ArraysCache | None = None
+    ) -> mx.array:
+        """x [B, T, dims] to [B, T, dims].
+
+        mask: what softmax attention may see; this layer is causal by itself, and does not look at it.
+        cache: of this layer, from the model's `make_cache`. It knows which tokens of a batch are padding.
+        """
+        if cache is None:
+            return super().__call__(x)
+        if not isinstance(cache, ArraysCache):
+            raise ValueError(
+                "[SwappedAttention] cache must be an ArraysCache, from the model's make_cache after the "
+                f"swap, got {type(cache).__name__}"
+            )
+        T = x.shape[1]
+        work = lm_caches.unpacked(cache, self._state)
+        y = super().__call__(x, lm_caches.padding([cache], T), cache=work)
+        lm_caches.pack(work, cache, T)
+        return y
+
+    def _project(self, x: mx.array) -> mx.array:
+        return mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
+
+    def _project_out(self, o: mx.array) -> mx.array:
+        return self.o_proj(o)
+
+    def lm_cache(self) -> ArraysCache:
+        return lm_caches.empty(self._state)
+
+    def _rotated(self, a: mx.array, offset: mx.array) -> mx.array:
+        return self.rope(a, offset=offset)
+
+    @functools.cached_property
+    def _state(self) -> Any:
+        return lm_caches.template(super().__call__, self.dims)
+
+
+class _Caches(list):
+    """The caches of a model. A loop over them gives each layer its own; an index asks for what makes a mask.
+
+    mlx-lm's models do both, and index for nothing else: `create_attention_mask(h, cache[0])`.
+    """
+
+    def __init__(self, caches: Sequence[Any], source: Sequence[int | None]):
+        super().__init__(caches)
+        self._source = source
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, int):
+            return super().__getitem__(index)
+        source = self._source[index]
+        # No layer of this kind is left, so nobody reads its mask.
+        return None if source is None else super().__getitem__(source)
+
+
+def swap(
+    model: nn.Module,
+    layers: Sequence[int] | slice | str | int = "odd",
+    operator: str | int = "hla2",
+    *,
+    decay: str | None = "gate",
+    qk_norm: str | None = "rms",
+    conv_size: int | None = 4,
+    rope: bool = False,
+    output_norm: bool = True,
+    normalize: bool = False,
+    backend: str | None = None,
+) -> list[int]:
+    """Put `HLAttention` into layers of an mlx-lm model, in place; returns their indices.
+
+    layers: indices, from the end where negative; a slice; "odd" (1, 3, ...) or "even" (0, 2, ...); or a
+        number n, for the last layer of every n: n - 1, 2n - 1, ...
+    rope: True keeps the rotary positions of the layer.
+    The rest is as in `HLAttention`. Nothing is changed unless all of the layers can be swapped.
+    """
+    blocks = _blocks(model)
+    chosen = _chosen(layers, len(blocks))
+    if not isinstance(rope, bool):
+        raise ValueError(f"[swap] rope must be True or False, got {repr(rope)[:60]}")
+    options: dict[str, Any] = {"operator": operator, "decay": decay, "qk_norm": qk_norm}
+    options |= {
+        "conv_size": conv_size,
+        "output_norm": output_norm,
+        "normalize": normalize,
+        "backend": backend,
+    }
+    fresh: dict[int, SwappedAttention] = {}
+    for i in chosen:
+        attention = blocks[i].self_attn
+        sizes = _read(attention, i, rope)
+        size = _value_size(blocks[i], sizes.dims) if output_norm is True else 1.0
+        fresh[i] = SwappedAttention(attention, sizes, size, rope, **options)
+    for i, attention in fresh.items():
+        blocks[i].self_attn = attention
+    _mix(model)
+    return chosen
+
+
+def freeze_rest(model: nn.Module, *, projections: bool = True) -> None:
+    """Let the swapped layers train and nothing else; without `projections`, only what is fresh in them.
+
+    Quantised projections stay frozen, as always: an adapter trains them (mlx-lm's `linear_to_lora_layers`).
+    """
+    swapped = [b.self_attn for b in _blocks(model) if isinstance(b.self_attn, SwappedAttention)]
+    if not swapped:
+        raise ValueError("[freeze_rest] the model has no swapped layer")
+    model.freeze()
+    for attention in swapped:
+        attention.unfreeze()
+        if not projections:
+            for name in PROJECTIONS:
+                attention[name].freeze()
+
+
+def _blocks(model: Any) -> list[Any]:
+    blocks = getattr(model, "layers", None) if isinstance(model, nn.Module) else None
+    if not isinstance(blocks, list) or not blocks:
+        raise ValueError(
+            f"[swap] model must be a model of mlx-lm's with `layers`, got {type(model).__name__}"
+        )
+    for i, block in enumerate(blocks):
+        if not isinstance(getattr(block, "self_attn", None), nn.Module):
+            raise ValueError(f"[swap] layer {i} has no `self_attn`: {type(model).__module__} is not served")
+    return blocks
+
+
+def _chosen(layers: Any, count: int) -> list[int]:
+    every = list(range(count))
+    named = {"odd": every[1::2], "even": every[::2]}
+    if isinstance(layers, str) and layers in named:
+        chosen = named[layers]
+    elif isinstance(layers, int) and not isinstance(layers, bool) and layers > 0:
+        chosen = every[layers - 1 :: layers]
+    elif isinstance(layers, slice):
+        try:
+            chosen = every[layers]
+        except (TypeError, ValueError) as e:
+            raise ValueError(f"[swap] layers must be a slice of integers, got {layers!r}: {e}") from None
+    elif isinstance(layers, list | tuple | range) and all(type(i) is int for i in layers):
+        outside = [i for i in layers if not -count <= i < count]
+        if outside:
+            raise ValueError(f"[swap] layers must be from {-count} to {count - 1}, got {outside[0]}")
+        chosen = sorted({i % count for i in layers})
+    else:
+        raise ValueError(
+            '[swap] layers must be indices, a slice, "odd", "even" or a number n of at least 1, '
+            f"got {repr(layers)[:60]}"
+        )
+    if not chosen:
+        raise ValueError(f"[swap] layers={layers!r} chooses none of {count} layers")
+    return chosen
+
+
+def _read(attention: Any, i: int, rope: bool) -> Sizes:
+    """The sizes of a layer's attention, or a ValueError that says what cannot be read."""
+    if isinstance(attention, SwappedAttention):
+        raise ValueError(f"[swap] layer {i} is swapped already")
+
+    def refuse(what: str) -> ValueError:
+        kind = f"{type(attention).__module__}.{type(attention).__name__}"
+        return ValueError(f"[swap] layer {i}: {what}; {kind} is not served")
+
+    names = list(inspect.signature(type(attention).__call__).parameters)[1:]
+    if names != ["x", "mask", "cache"]:
+        raise refuse(f"its attention must be called with (x, mask, cache), not ({', '.join(names)})")
+    held = {name for name in attention if not name.startswith("_")}
+    lacking = [name for name in PROJECTIONS if name not in held]
+    if lacking:
+        raise refuse(f"its attention has no {lacking[0]}")
+    unknown = sorted(held - {*PROJECTIONS, *_NORMS, "rope"})
+    if unknown:
+        raise refuse(f"its attention has {unknown[0]}, which would be lost")
+    heads = next((n for name in _HEADS if type(n := getattr(attention, name, None)) is int), None)
+    kv_heads = next((n for name in _KV_HEADS if type(n := getattr(attention, name, None)) is int), heads)
+    if not heads or not kv_heads:
+        raise refuse(f"its number of heads must be one of {', '.join(_HEADS)}")
+    shapes = {}
+    for name in PROJECTIONS:
+        shape = _shape(attention[name])
+        if shape is None:
+            raise refuse(f"its {name} must be a linear layer, quantised or with an adapter, not a "
+                         f"{type(attention[name]).__name__}")  # fmt: skip
+        shapes[name] = shape
+    dims = shapes["q_proj"][1]
+    head_dim, value_dim = shapes["q_proj"][0] // heads, shapes["v_proj"][0] // kv_heads
+    want = {
+        "q_proj": (heads * head_dim, dims),
+        "k_proj": (kv_heads * head_dim, dims),
+        "v_proj": (kv_heads * value_dim, dims),
+        "o_proj": (dims, heads * value_dim),
+    }
+    for name, shape in want.items():
+        if shapes[name] != shape:
+            raise refuse(f"its {name} must be {shape} for {heads} and {kv_heads} heads, got {shapes[name]}")
+    for name in _NORMS:
+        weight = attention[name].get("weight") if name in held else None
+        if weight is not None and weight.shape != (head_dim,):
+            raise refuse(f"its {name} must be of one head, {head_dim} wide, got {weight.shape}")
+    if rope and "rope" not in held:
+        raise refuse("rope=True, and it has no `rope`")
+    return Sizes(dims, heads, kv_heads, head_dim, value_dim)
+
+
+def _shape(layer: Any) -> tuple[int, int] | None:
+    """(outputs, inputs) of a linear layer; None if it is none."""
+    layer = getattr(layer, "linear", layer)  # of an adapter
+    if not isinstance(layer, nn.Linear | nn.QuantizedLinear):
+        return None
+    outputs, inputs = layer.weight.shape
+    return outputs, inputs * 32 // layer.bits if isinstance(layer, nn.QuantizedLinear) else inputs
+
+
+def _value_size(block: Any, dims: int) -> float:
+    """The RMS of the values of random inputs: the output of a swapped layer starts at their size."""
+    x = mx.random.normal((1, _SAMPLES, dims), key=mx.random.key(0))
+    norm = getattr(block, "input_layernorm", None)
+    v = block.self_attn.v_proj(x if norm is None else norm(x))
+    return float(mx.sqrt(mx.square(v.astype(mx.float32)).mean()).item())  # type: ignore[arg-type]
+
+
+def _mix(model: Any) -> None:
+    """Give the model the caches of both kinds of layer, and masks from those that need them."""
+    stock = getattr(type(model), "_stock", type(model))
+
+    def own_caches(model: Any) -> list[Any]:
+        return stock.make_cache(model) if hasattr(stock, "make_cache") else [KVCache() for _ in model.layers]
+
+    def make_cache(self: Any) -> list[Any]:
+        return [
+            b.self_attn.lm_cache() if isinstance(b.self_attn, SwappedAttention) else c
+            for b, c in zip(self.layers, own_caches(self), strict=True)
+        ]
+
+    # Layers with caches of one class have one mask: all that see everything, all that see a window.
+    kinds = [type(c) for c in own_caches(model)]
+    kept = [i for i, b in enumerate(model.layers) if not isinstance(b.self_attn, SwappedAttention)]
+    source = [
+        i if i in kept else next((j for j in kept if kinds[j] is kinds[i]), None) for i in range(len(kinds))
+    ]
+
+    @functools.wraps(stock.__call__)
+    def call(self: Any, inputs: mx.array, cache: Any = None, *rest: Any, **options: Any) -> Any:
+        return stock.__call__(
+            self, inputs, None if cache is None else _Caches(cache, source), *rest, **options
+        )
+
+    def cast_predicate(self: Any) -> Callable[[str], bool]:
+        own = stock.cast_predicate.fget(self) if hasattr(stock, "cast_predicate") else lambda path: True
+        return lambda path: "decay_gate" not in path and own(path)
+
+    # Python looks a call up in the class. A class of this model's own leaves other models alone.
+    members = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
+    members |= {"__call__": call, "make_cache": make_cache, "cast_predicate": property(cast_predicate)}
+    members["_stock"] = stock
+    model.__class__ = type(stock.__name__, (stock,), members)
