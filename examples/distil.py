@@ -124,28 +124,28 @@ def main() -> None:
         scorer = Scorer(model, valid, sizes, max_batches=args.valid_batches, **options)
         return scorer(model.parameters())
 
-    def rows() -> tuple[float, list[int]]:
-        return score(), [state_bytes(model, length) for length in LENGTHS]
+    def held() -> list[int]:
+        return [state_bytes(model, length) for length in LENGTHS]
 
     batches = Batches(stream, args.batch, args.context, args.seed)
     seconds = train(model, batches, text_loss, args.steps, args.lr, "the Llama")
-    table = [("Llama", seconds, *rows())]
+    table = [("Llama", seconds, score(), held())]
 
     teacher.update(model.parameters())
     teacher.freeze()
     chosen = swap(model, "odd", args.operator, rope=args.rope)
-    table.append((f"layers {', '.join(map(str, chosen))} swapped", 0.0, *rows()))
+    table.append((f"layers {', '.join(map(str, chosen))} swapped", 0.0, score(), held()))
 
     freeze_rest(model)
     batches = Batches(stream, args.batch, args.context, args.seed + 1)
     loss_fn = teacher_loss(teacher) if args.target == "teacher" else text_loss
     seconds = train(model, batches, loss_fn, args.recover_steps, args.recover_lr, "the new layers")
-    table.append(("new layers trained", seconds, *rows()))
+    table.append(("new layers trained", seconds, score(), table[-1][-1]))
 
     heads = "".join(f"{f'bytes at {n:,}':>16}" for n in LENGTHS)
     print(f"\n{'model':24}{'seconds':>9}{'nats per byte':>15}{heads}")
-    for name, seconds, loss, held in table:
-        print(f"{name:24}{seconds:9.0f}{loss:15.3f}" + "".join(f"{n:16,}" for n in held))
+    for name, seconds, loss, counts in table:
+        print(f"{name:24}{seconds:9.0f}{loss:15.3f}" + "".join(f"{n:16,}" for n in counts))
 
 
 if __name__ == "__main__":

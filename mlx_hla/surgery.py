@@ -34,55 +34,35 @@ nothing of a swap: `mlx_lm.load` alone cannot build it.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_hla import lm_caches
+from mlx_hla.decoders import NORMS, PROJECTIONS, Sizes, blocks_of, chosen_of, sizes_of
 from mlx_hla.errors import about_import
 from mlx_hla.nn import HLAttention
 
 try:
-    from mlx_lm.models.cache import ArraysCache, KVCache
+    from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 except ImportError as e:
     raise ImportError(about_import(e), name=e.name) from e
 
-# B batch, T time, D key dim
+# B batch, H heads, T time, D key dim
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_NORMS = ("q_norm", "k_norm")
-_HEADS = ("n_heads", "num_heads", "num_attention_heads")
-_KV_HEADS = ("n_kv_heads", "num_kv_heads", "num_key_value_heads")
 _SAMPLES = 256
-
-
-class Sizes(NamedTuple):
-    dims: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    value_dim: int
 
 
 class SwappedAttention(HLAttention):
     """`HLAttention` over the projections of an attention of mlx-lm's, with its call."""
 
     def __init__(self, attention: nn.Module, sizes: Sizes, value_size: float, rope: bool, **options: Any):
-        dims, num_heads, num_kv_heads, head_dim, value_dim = sizes
-        super().__init__(
-            dims,
-            num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            value_dim=value_dim,
-            **options,
-        )
+        super().__init__(**sizes._asdict(), **options)
         for name in ("qkv_proj", "out_proj"):
             del self[name]  # never computed: the projections below take their place
-        for name in (*PROJECTIONS, *(_NORMS if self.qk_norm == "rms" else ())):
+        for name in (*PROJECTIONS, *(NORMS if self.qk_norm == "rms" else ())):
             if name in attention:
                 self[name] = attention[name]
         if rope:
@@ -92,7 +72,7 @@ class SwappedAttention(HLAttention):
             self.conv.weight = mx.zeros(self.conv.weight.shape)
             self.conv.weight[:, -1] = 1
         if "out_norm" in self:
-            self.out_norm.weight = mx.full((value_dim,), value_size)
+            self.out_norm.weight = mx.full((sizes.value_dim,), value_size)
 
     def __call__(  # type: ignore[override]
         self, x: mx.array, mask: mx.array | str | None = None, cache: ArraysCache | None = None
@@ -170,8 +150,8 @@ def swap(
     rope: True keeps the rotary positions of the layer.
     The rest is as in `HLAttention`. Nothing is changed unless all of the layers can be swapped.
     """
-    blocks = _blocks(model)
-    chosen = _chosen(layers, len(blocks))
+    blocks = blocks_of(model)
+    chosen = chosen_of(layers, len(blocks))
     if not isinstance(rope, bool):
         raise ValueError(f"[swap] rope must be True or False, got {repr(rope)[:60]}")
     options: dict[str, Any] = {"operator": operator, "decay": decay, "qk_norm": qk_norm}
@@ -182,9 +162,19 @@ def swap(
         "backend": backend,
     }
     fresh: dict[int, SwappedAttention] = {}
+    caches = _own_caches(model)
+    if len(caches) != len(blocks):
+        raise ValueError(
+            f"[swap] the model has {len(caches)} caches for {len(blocks)} layers: it is not served"
+        )
     for i in chosen:
+        if not isinstance(caches[i], KVCache | RotatingKVCache):
+            kind = type(caches[i]).__name__
+            raise ValueError(f"[swap] layer {i} has a {kind}, more than keys and values: it is not served")
         attention = blocks[i].self_attn
-        sizes = _read(attention, i, rope)
+        if isinstance(attention, SwappedAttention):
+            raise ValueError(f"[swap] layer {i} is swapped already")
+        sizes = sizes_of(attention, i, rope)
         size = _value_size(blocks[i], sizes.dims) if output_norm is True else 1.0
         fresh[i] = SwappedAttention(attention, sizes, size, rope, **options)
     for i, attention in fresh.items():
@@ -198,7 +188,7 @@ def freeze_rest(model: nn.Module, *, projections: bool = True) -> None:
 
     Quantised projections stay frozen, as always: an adapter trains them (mlx-lm's `linear_to_lora_layers`).
     """
-    swapped = [b.self_attn for b in _blocks(model) if isinstance(b.self_attn, SwappedAttention)]
+    swapped = [b.self_attn for b in blocks_of(model) if isinstance(b.self_attn, SwappedAttention)]
     if not swapped:
         raise ValueError("[freeze_rest] the model has no swapped layer")
     model.freeze()
@@ -209,104 +199,6 @@ def freeze_rest(model: nn.Module, *, projections: bool = True) -> None:
                 attention[name].freeze()
 
 
-def _blocks(model: Any) -> list[Any]:
-    blocks = getattr(model, "layers", None) if isinstance(model, nn.Module) else None
-    if not isinstance(blocks, list) or not blocks:
-        raise ValueError(
-            f"[swap] model must be a model of mlx-lm's with `layers`, got {type(model).__name__}"
-        )
-    for i, block in enumerate(blocks):
-        if not isinstance(getattr(block, "self_attn", None), nn.Module):
-            raise ValueError(f"[swap] layer {i} has no `self_attn`: {type(model).__module__} is not served")
-    return blocks
-
-
-def _chosen(layers: Any, count: int) -> list[int]:
-    every = list(range(count))
-    named = {"odd": every[1::2], "even": every[::2]}
-    if isinstance(layers, str) and layers in named:
-        chosen = named[layers]
-    elif isinstance(layers, int) and not isinstance(layers, bool) and layers > 0:
-        chosen = every[layers - 1 :: layers]
-    elif isinstance(layers, slice):
-        try:
-            chosen = every[layers]
-        except (TypeError, ValueError) as e:
-            raise ValueError(f"[swap] layers must be a slice of integers, got {layers!r}: {e}") from None
-    elif isinstance(layers, list | tuple | range) and all(type(i) is int for i in layers):
-        outside = [i for i in layers if not -count <= i < count]
-        if outside:
-            raise ValueError(f"[swap] layers must be from {-count} to {count - 1}, got {outside[0]}")
-        chosen = sorted({i % count for i in layers})
-    else:
-        raise ValueError(
-            '[swap] layers must be indices, a slice, "odd", "even" or a number n of at least 1, '
-            f"got {repr(layers)[:60]}"
-        )
-    if not chosen:
-        raise ValueError(f"[swap] layers={layers!r} chooses none of {count} layers")
-    return chosen
-
-
-def _read(attention: Any, i: int, rope: bool) -> Sizes:
-    """The sizes of a layer's attention, or a ValueError that says what cannot be read."""
-    if isinstance(attention, SwappedAttention):
-        raise ValueError(f"[swap] layer {i} is swapped already")
-
-    def refuse(what: str) -> ValueError:
-        kind = f"{type(attention).__module__}.{type(attention).__name__}"
-        return ValueError(f"[swap] layer {i}: {what}; {kind} is not served")
-
-    names = list(inspect.signature(type(attention).__call__).parameters)[1:]
-    if names != ["x", "mask", "cache"]:
-        raise refuse(f"its attention must be called with (x, mask, cache), not ({', '.join(names)})")
-    held = {name for name in attention if not name.startswith("_")}
-    lacking = [name for name in PROJECTIONS if name not in held]
-    if lacking:
-        raise refuse(f"its attention has no {lacking[0]}")
-    unknown = sorted(held - {*PROJECTIONS, *_NORMS, "rope"})
-    if unknown:
-        raise refuse(f"its attention has {unknown[0]}, which would be lost")
-    heads = next((n for name in _HEADS if type(n := getattr(attention, name, None)) is int), None)
-    kv_heads = next((n for name in _KV_HEADS if type(n := getattr(attention, name, None)) is int), heads)
-    if not heads or not kv_heads:
-        raise refuse(f"its number of heads must be one of {', '.join(_HEADS)}")
-    shapes = {}
-    for name in PROJECTIONS:
-        shape = _shape(attention[name])
-        if shape is None:
-            raise refuse(f"its {name} must be a linear layer, quantised or with an adapter, not a "
-                         f"{type(attention[name]).__name__}")  # fmt: skip
-        shapes[name] = shape
-    dims = shapes["q_proj"][1]
-    head_dim, value_dim = shapes["q_proj"][0] // heads, shapes["v_proj"][0] // kv_heads
-    want = {
-        "q_proj": (heads * head_dim, dims),
-        "k_proj": (kv_heads * head_dim, dims),
-        "v_proj": (kv_heads * value_dim, dims),
-        "o_proj": (dims, heads * value_dim),
-    }
-    for name, shape in want.items():
-        if shapes[name] != shape:
-            raise refuse(f"its {name} must be {shape} for {heads} and {kv_heads} heads, got {shapes[name]}")
-    for name in _NORMS:
-        weight = attention[name].get("weight") if name in held else None
-        if weight is not None and weight.shape != (head_dim,):
-            raise refuse(f"its {name} must be of one head, {head_dim} wide, got {weight.shape}")
-    if rope and "rope" not in held:
-        raise refuse("rope=True, and it has no `rope`")
-    return Sizes(dims, heads, kv_heads, head_dim, value_dim)
-
-
-def _shape(layer: Any) -> tuple[int, int] | None:
-    """(outputs, inputs) of a linear layer; None if it is none."""
-    layer = getattr(layer, "linear", layer)  # of an adapter
-    if not isinstance(layer, nn.Linear | nn.QuantizedLinear):
-        return None
-    outputs, inputs = layer.weight.shape
-    return outputs, inputs * 32 // layer.bits if isinstance(layer, nn.QuantizedLinear) else inputs
-
-
 def _value_size(block: Any, dims: int) -> float:
     """The RMS of the values of random inputs: the output of a swapped layer starts at their size."""
     x = mx.random.normal((1, _SAMPLES, dims), key=mx.random.key(0))
@@ -315,21 +207,29 @@ def _value_size(block: Any, dims: int) -> float:
     return float(mx.sqrt(mx.square(v.astype(mx.float32)).mean()).item())  # type: ignore[arg-type]
 
 
+def _stock(model: Any) -> Any:
+    """mlx-lm's class of a model, swapped or not."""
+    return getattr(type(model), "_stock", type(model))
+
+
+def _own_caches(model: Any) -> list[Any]:
+    """The caches that the model had without a swap."""
+    stock = _stock(model)
+    return stock.make_cache(model) if hasattr(stock, "make_cache") else [KVCache() for _ in model.layers]
+
+
 def _mix(model: Any) -> None:
     """Give the model the caches of both kinds of layer, and masks from those that need them."""
-    stock = getattr(type(model), "_stock", type(model))
-
-    def own_caches(model: Any) -> list[Any]:
-        return stock.make_cache(model) if hasattr(stock, "make_cache") else [KVCache() for _ in model.layers]
+    stock = _stock(model)
 
     def make_cache(self: Any) -> list[Any]:
         return [
             b.self_attn.lm_cache() if isinstance(b.self_attn, SwappedAttention) else c
-            for b, c in zip(self.layers, own_caches(self), strict=True)
+            for b, c in zip(self.layers, _own_caches(self), strict=True)
         ]
 
     # Layers with caches of one class have one mask: all that see everything, all that see a window.
-    kinds = [type(c) for c in own_caches(model)]
+    kinds = [type(c) for c in _own_caches(model)]
     kept = [i for i, b in enumerate(model.layers) if not isinstance(b.self_attn, SwappedAttention)]
     source = [
         i if i in kept else next((j for j in kept if kinds[j] is kinds[i]), None) for i in range(len(kinds))

@@ -20,7 +20,7 @@ RANKS = [
     {"kernels", "tokenizer", "reference", "sampling"},
     {"ops", "data"},
     {"nn"},
-    {"models", "lm_caches"},
+    {"models", "lm_caches", "decoders"},
     {"generate", "reading", "train", "evaluate", "selftest", "mlx_lm", "surgery"},
     {"cli", "__main__", "pretrained"},
 ]

@@ -17,6 +17,7 @@ from mlx_lm.generate import batch_generate, generate_step
 from mlx_lm.models import llama, ministral3, olmo2, phi3
 from mlx_lm.models.cache import (
     ArraysCache,
+    CacheList,
     KVCache,
     LRUPromptCache,
     RotatingKVCache,
@@ -27,8 +28,9 @@ from mlx_lm.models.cache import (
 from mlx_lm.tuner.trainer import TrainingArgs, train
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from mlx_hla.decoders import PROJECTIONS
 from mlx_hla.mlx_lm import freeze_rest, swap
-from mlx_hla.surgery import PROJECTIONS, SwappedAttention
+from mlx_hla.surgery import SwappedAttention
 
 V = 60
 COMMON = {
@@ -463,6 +465,16 @@ def test_what_cannot_be_read_is_said():
         model = build("llama")
         change(model.layers[1].self_attn)
         refused(model, match, rope=True)
+
+
+def test_layers_with_more_than_keys_and_values_are_refused(monkeypatch):
+    model = build("llama")
+    for caches, match in (
+        ([CacheList(ArraysCache(2), KVCache()) for _ in range(4)], "layer 0 has a CacheList, more than keys"),
+        ([KVCache() for _ in range(8)], "has 8 caches for 4 layers"),
+    ):
+        monkeypatch.setattr(llama.Model, "make_cache", lambda self, caches=caches: caches)
+        refused(model, match)
 
 
 def test_wrong_words():
