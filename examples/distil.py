@@ -92,13 +92,13 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--steps", type=int, default=600, help="steps of the Llama's training")
-    parser.add_argument("--recover-steps", type=int, default=300, help="steps of the new layers' training")
+    parser.add_argument("--recover-steps", type=int, default=200, help="steps of the new layers' training")
     parser.add_argument(
         "--target", choices=("teacher", "text"), default="teacher", help="what they learn from"
     )
     parser.add_argument("--operator", default="hla2", help="of the new layers")
     parser.add_argument("--rope", action="store_true", help="keep rotary positions in the new layers")
-    parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate of the Llama")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of the Llama")
     parser.add_argument("--recover-lr", type=float, default=4e-3, help="peak learning rate of the new layers")
     parser.add_argument("--dims", type=int, default=128, help="width")
     parser.add_argument("--layers", type=int, default=4, help="blocks")

@@ -184,9 +184,9 @@ def swap(
 
 
 def freeze_rest(model: nn.Module, *, projections: bool = True) -> None:
-    """Let the swapped layers train and nothing else; without `projections`, only what is fresh in them.
+    """Let the swapped layers train and nothing else; without `projections`, what is fresh in them alone.
 
-    Quantised projections stay frozen, as always: an adapter trains them (mlx-lm's `linear_to_lora_layers`).
+    A quantised projection has no gradient and stays frozen; so does one with an adapter, and that trains.
     """
     swapped = [b.self_attn for b in blocks_of(model) if isinstance(b.self_attn, SwappedAttention)]
     if not swapped:
@@ -194,8 +194,11 @@ def freeze_rest(model: nn.Module, *, projections: bool = True) -> None:
     model.freeze()
     for attention in swapped:
         attention.unfreeze()
-        if not projections:
-            for name in PROJECTIONS:
+        for name in PROJECTIONS:
+            base = getattr(attention[name], "linear", None)  # of an adapter
+            if base is not None:
+                base.freeze()
+            elif not projections or isinstance(attention[name], nn.QuantizedLinear):
                 attention[name].freeze()
 
 

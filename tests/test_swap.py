@@ -216,6 +216,8 @@ def test_swapping_goes_on_and_leaves_other_models_alone():
     assert isinstance(model, llama.Model)
     assert inspect.signature(model.__call__) == inspect.signature(other.__call__)
     assert mx.array_equal(other(x), build("llama")(x))
+    again = copy.deepcopy(model)
+    assert mx.array_equal(again(x, cache=again.make_cache()), model(x, cache=model.make_cache()))
 
 
 def test_a_state_does_not_grow():
@@ -318,6 +320,10 @@ def test_quantised_projections_are_kept():
     x, cache = tokens(12, 1, 6), model.make_cache()
     parts = [model(x[:, :3], cache=cache), model(x[:, 3:], cache=cache)]
     assert_close("logits", mx.concatenate(parts, axis=1), model(x), 1e-4)
+    freeze_rest(model)
+    _, grads = nn.value_and_grad(model, loss_fn)(model, x)
+    trained = {path.split(".")[-2] for path in flat(grads)}
+    assert trained == {"conv", "q_norm", "k_norm", "out_norm", "decay_gate"}
     # And the other way round: the gate stays as it is.
     late = build("llama", hidden_size=64, head_dim=16)
     swap(late, "even")
@@ -406,6 +412,11 @@ def test_an_adapter_from_before_is_kept():
     swap(model, [1])
     assert hasattr(model.layers[1].self_attn.q_proj, "lora_a")
     assert model(tokens(16, 1, 5)).shape == (1, 5, V)
+    freeze_rest(model, projections=False)
+    trained = flat(model.trainable_parameters())
+    assert all("layers.1.self_attn" in path for path in trained)
+    assert {path.split("self_attn.")[1] for path in trained} >= {"q_proj.lora_a", "o_proj.lora_b"}
+    assert not any(path.endswith("linear.weight") for path in trained)
 
 
 # --- refusals
