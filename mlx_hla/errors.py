@@ -2,7 +2,10 @@
 
 
 class InputError(ValueError):
-    """What the caller gave cannot be used; the message says what, and what was expected."""
+    """What the caller gave cannot be used; the message says in one line what, and what was expected."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.replace("\n", " "))  # what came may be an array, or a name with line breaks
 
 
 def about_import(error: ImportError) -> str:

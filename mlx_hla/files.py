@@ -86,8 +86,11 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a file beside `path`, bring it to the disk, then put it in place."""
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")
+    temporary = path.parent / f".{uuid.uuid4().hex[:8]}.{path.name}"
     try:
+        if path.exists() and not path.is_file():  # a rename would put a file in the place of a device
+            kind = _KINDS.get(stat.S_IFMT(path.stat().st_mode), "something else")
+            raise InputError(f"{path}: cannot write it (it is {kind}, no regular file)")
         with temporary.open("xb") as file:
             write(file)
             file.flush()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from mlx_hla.devices import compiled
@@ -44,6 +45,9 @@ def read(
     chunk: int = PREFILL_TOKENS,
 ) -> Snapshot:
     """What the model holds of tokens [T], read at the beginning or `after` what it read before."""
+    if not isinstance(model, nn.Module) or not (after is None or isinstance(after, Snapshot)):
+        got = f"{type(model).__name__} and {type(after).__name__}"
+        raise InputError(f"read takes a LanguageModel and a Snapshot or None, got {got}")
     ids = as_tokens(tokens)
     cache = model.make_cache() if after is None else after.fork()
     logits = prefill(model, ids[None] if ids.ndim == 1 else ids, cache, chunk)

@@ -157,6 +157,10 @@ def run(command: str, arguments: list[str]) -> int:
     sys.argv = [f"mlx-hla lm {command}", command, *arguments]
     try:
         cli.main()
+    except ValueError as e:
+        if "requires a subcommand" not in str(e):
+            raise
+        raise InputError(f"mlx-lm has no command {command[:60]!r}; {e}") from None
     finally:
         sys.argv = before
     return 0

@@ -1,7 +1,13 @@
 """What tests of arrays share: random inputs and comparisons that say how far off a result is."""
 
+import signal
+
 import mlx.core as mx
 import numpy as np
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A job in the background ignores Ctrl-C, and so would every command that the tests start and stop.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def to_numpy(x):

@@ -16,10 +16,24 @@ from mlx_hla.ops.operator import Held, Operator
 from mlx_hla.ops.order import of_order
 
 
+class Level(int):
+    """Sums, products and quotients are as deep as the deeper of the two."""
+
+    dtype = None
+
+    def deeper(self, other):
+        return Level(max(self, other if isinstance(other, int) else 0))
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = deeper
+
+    def astype(self, dtype):
+        return self
+
+
 class Depth:
     """A place in which an array is the number of passes behind it."""
 
-    q = k = v = 0
+    q = k = v = Level(0)
 
     def scaled_q(self, by=1.0):
         return 0
@@ -38,20 +52,6 @@ class Depth:
 
     def coefficient(self, name):
         return Level(0)
-
-
-class Level(int):
-    """Sums, products and quotients are as deep as the deeper of the two."""
-
-    dtype = None
-
-    def deeper(self, other):
-        return Level(max(self, other if isinstance(other, int) else 0))
-
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = deeper
-
-    def astype(self, dtype):
-        return self
 
 
 class Tested(NamedTuple):

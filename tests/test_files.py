@@ -11,7 +11,7 @@ import pytest
 
 from mlx_hla import cli, data, files
 from mlx_hla.errors import InputError
-from mlx_hla.files import open_regular, read_bytes
+from mlx_hla.files import open_regular, read_bytes, write_atomic
 from mlx_hla.models import LanguageModel, ModelConfig, load, save
 from mlx_hla.models.io import load_tensors
 from mlx_hla.tokenizer import Tokenizer, train_tokenizer
@@ -191,6 +191,17 @@ def test_names_that_no_file_can_have(tmp_path):
     for name in ("a\0b", "x" * 5000, ""):
         with pytest.raises(InputError, match="cannot read it"), open_regular(name, 10):
             pass
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_only_regular_files_are_replaced(tmp_path, kind):
+    path = tmp_path / "x"
+    make = {"pipe": os.mkfifo, "device": lambda p: p.symlink_to("/dev/null"), "folder": os.mkdir}
+    make[kind](path)
+    with pytest.raises(InputError, match=rf"x: cannot write it \(it is a {kind}, no regular file\)"):
+        write_atomic(path, lambda file: file.write(b"x"))
+    assert list(tmp_path.iterdir()) == [path]
+    assert not path.is_file()
 
 
 def test_a_prompt_without_an_end_is_refused(monkeypatch, capsys, model):

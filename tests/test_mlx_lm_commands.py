@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 
 import mlx.core as mx
 import pytest
@@ -243,6 +244,7 @@ def server(shipped):
                 break
             assert process.poll() is None, process.stdout.read().decode()
             time.sleep(0.25)
+        post.base_url = f"{here}/v1"
         yield post
     finally:
         process.send_signal(signal.SIGTERM)
@@ -291,6 +293,28 @@ def test_the_server_answers_streams_and_reuses(server, shipped):
     stopped = json.loads(server(prompt=prompt, stop=[tokenizer.decode(ids[2:4])]))["choices"][0]
     assert stopped["finish_reason"] == "stop"
     assert stopped["text"] == tokenizer.decode(ids[:2])
+
+
+def test_an_openai_client(server, shipped):
+    """Whole, streamed and stopped, through the client that programs use."""
+    openai = pytest.importorskip("openai")
+    model, tokenizer = load(shipped, mx.float32)
+    want = generate(model, tokenizer, PROMPT, max_tokens=12, sampling=GREEDY)
+    with openai.OpenAI(base_url=server.base_url, api_key="none") as client:
+        ask = partial(
+            client.completions.create, model="default_model", prompt=PROMPT, max_tokens=12, temperature=0
+        )
+        whole = ask()
+        assert whole.choices[0].text == want
+        assert whole.choices[0].finish_reason == "length"
+        assert whole.usage.completion_tokens == 12
+        pieces = [chunk.choices[0].text for chunk in ask(stream=True) if chunk.choices]
+        assert "".join(pieces) == want
+        assert len(pieces) > 3
+        ids = tokenizer.encode(PROMPT + want)[len(tokenizer.encode(PROMPT)) :]
+        stopped = ask(stop=[tokenizer.decode(ids[2:4])])
+        assert stopped.choices[0].finish_reason == "stop"
+        assert stopped.choices[0].text == tokenizer.decode(ids[:2])
 
 
 def test_requests_at_once_get_what_they_would_get_alone(server, shipped):

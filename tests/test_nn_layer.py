@@ -236,10 +236,16 @@ def test_bad_conv():
 
 def test_a_cache_of_another_layer_is_refused():
     x = mx.zeros((1, 2, 16))
-    for other in ({"operator": "ahla"}, {"operator": "readout"}, {"head_dim": 4}, {"conv_size": 3}):
+    for other in (
+        {"operator": "ahla"},
+        {"operator": "readout"},
+        {"head_dim": 4},
+        {"conv_size": 3},
+        {"conv_size": 0},
+    ):
         left = HLACache()
         HLAttention(16, 2, **other)(x, cache=left)
-        with pytest.raises(ValueError, match=r"state|k must be"):
+        with pytest.raises(ValueError, match=r"state|must be"):
             HLAttention(16, 2)(x, cache=left)
     for state in (3, "x", (1, 2), None):
         with pytest.raises(ValueError, match=r"\[HLACache\] state must be \(memory, conv, offset\), got"):

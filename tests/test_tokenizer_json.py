@@ -112,6 +112,24 @@ def test_random_texts_have_the_same_tokens(request, theirs, which):
     ] == batch
 
 
+def test_overlapping_merges_of_one_piece_go_from_the_left(theirs, shipped):
+    """Where a + b and b + c are the same piece, "the leftmost" and "the first of the list" could differ."""
+    merges = {tuple(m) for m in tokenizer_json(shipped.proto)["model"]["merges"]}
+    pieces = {part for m in merges for part in (*m, "".join(m))}
+    triples = {
+        (a, b, (a + b)[len(b) :])
+        for a, b in merges
+        if (a + b).startswith(b) and (b, (a + b)[len(b) :]) in merges
+    }
+    assert len(triples) > 100
+    batch = []
+    for a, b, c in triples:
+        batch += [x + a + b + c + y for x in ("", "(", "x", " ", a) for y in ("", ")", "x", " ", c)]
+        batch += [p + b + c for p in pieces if p.endswith(a)] + [a + b + p for p in pieces if p.startswith(c)]
+    found = theirs(shipped)._tokenizer(batch)["input_ids"]
+    assert [t for t, ids in zip(batch, found, strict=True) if ids != shipped.encode(t, bos=True)] == []
+
+
 @pytest.mark.fuzz
 @pytest.mark.parametrize(("which", "count"), [("shipped", 800_000), ("small", 200_000)])
 def test_a_million_random_texts_have_the_same_tokens(request, theirs, which, count):

@@ -74,12 +74,12 @@ def own_fields(values: object, name: str) -> tuple[object, object]:
 def check_code(folder: Path) -> None:
     """Refuse a folder with code that is not ours: none of it runs here, but mlx-lm or transformers would."""
     path = folder / MODEL_FILE
-    if path.exists() and read_bytes(path, 1 << 16) != SOURCE:
+    if os.path.lexists(path) and read_bytes(path, 1 << 16) != SOURCE:
         raise InputError(
             f"{path}: not the file that mlx-hla writes, and mlx-lm would run it: remove it first"
         )
     path = folder / TOKENIZER_CONFIG
-    if path.exists() and "auto_map" in str(read_json(path)):
+    if os.path.lexists(path) and "auto_map" in str(read_json(path)):
         raise InputError(f"{path}: names code to run (auto_map): not a folder of mlx-hla")
 
 

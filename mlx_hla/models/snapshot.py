@@ -59,6 +59,8 @@ def save_snapshot(path: str | Path, model: LanguageModel, snapshot: Snapshot) ->
     """Write a snapshot; the file appears whole or not at all."""
     path = as_path("the state's file", path)
     _check_constant(model, path)
+    if not isinstance(snapshot, Snapshot):
+        raise InputError(f"only a Snapshot can be saved, got {type(snapshot).__name__}")
     about = json.dumps({"version": VERSION, "model": digest(model), "length": snapshot.length}).encode()
     tensors = _named([c.state for c in snapshot.cache])
     tensors |= {
@@ -91,12 +93,12 @@ def load_snapshot(path: str | Path, model: LanguageModel) -> Snapshot:
     leaves = [tensors[f"cache.{i}"].astype(a.dtype) for i, a in enumerate(arrays(template))]
     for c, state in zip(cache, fill(template, leaves), strict=True):
         c.state = state
-    tokens = tensors["tokens"][:LAST_TOKENS].astype(mx.int32)[-min(length, LAST_TOKENS) :]
+    tokens = tensors["tokens"][-min(length, LAST_TOKENS) :]
     if not mx.all(tokens < model.config.vocab_size).item():
         raise InputError(f"{path}: no state of this model (it holds tokens that the model has not)")
     if not all(mx.isfinite(a).all().item() for a in (*leaves, tensors["logits"])):
         raise InputError(f"{path}: holds NaN or infinity")
-    return Snapshot(cache, tensors["logits"], tokens, length)
+    return Snapshot(cache, tensors["logits"], tokens.astype(mx.int32), length)
 
 
 def _named(states: list[Any]) -> dict[str, mx.array]:
@@ -126,5 +128,7 @@ def _fixed(tokens: mx.array) -> mx.array:
 
 
 def _check_constant(model: LanguageModel, path: Path) -> None:
+    if not isinstance(model, LanguageModel):
+        raise InputError(f"a state belongs to a LanguageModel, got {type(model).__name__}")
     if any(isinstance(c, KVCache) for c in model.make_cache()):
         raise InputError(f"{path}: softmax attention keeps every token: only constant states are saved")

@@ -199,6 +199,9 @@ class HLAttention(nn.Module):
 
         # The cache changes only when all of the call has gone well.
         carried = HLACache() if cache is None else copy.copy(cache)
+        if carried.memory is not None and (carried.conv is None) == ("conv" in self):
+            got = "one without" if carried.conv is None else "one with"
+            raise ValueError(f"[HLAttention] cache must be of this layer, got {got} inputs of a convolution")
         qkv = self._project(x)
         dtype = qkv.dtype
         if dtype == mx.float16:

@@ -19,7 +19,7 @@ from .arguments import SharedOptions, StepOptions, public
 from .backend import sequence, step
 from .checks import Option
 from .operator import Operator, Slot, register
-from .places import Place
+from .places import Place, mixture
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -38,7 +38,7 @@ class MixedState(NamedTuple):
 def _compose(p: Place) -> mx.array:
     alpha, beta = p.coefficient("alpha"), p.coefficient("beta")
     second = p.la("S", p.q, p.k, None)  # scale S_t q_t
-    kt = (alpha * p.per_query(p.k) + beta * second).astype(second.dtype)
+    kt = mixture(alpha, p.per_query(p.k), beta, second)
     return p.la("F", p.q, kt, p.v, last=True)
 
 

@@ -114,6 +114,11 @@ class Place(ABC):
         return self.result(o), self.state()
 
 
+def mixture(a: float | mx.array, x: mx.array, b: float | mx.array, y: mx.array) -> mx.array:
+    """a x + b y, rounded once, to the dtype of y."""
+    return (a * x.astype(mx.float32) + b * y.astype(mx.float32)).astype(y.dtype)
+
+
 def number(call: Call, name: str) -> float:
     """The call's option of this name, one that takes numbers only."""
     value = call.options[name]

@@ -19,7 +19,7 @@ from .arguments import SharedOptions, StepOptions, public
 from .backend import sequence, step
 from .checks import Option
 from .operator import Operator, Slot, register
-from .places import Place
+from .places import Place, mixture
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -39,7 +39,7 @@ class ReadoutState(NamedTuple):
 def _compose(p: Place) -> mx.array:
     alpha, beta = p.coefficient("alpha"), p.coefficient("beta")
     second = p.la("S", p.q, p.k, None, scale=1.0)  # S_t q_t
-    query = (alpha * p.q + beta / p.count("n") * second).astype(second.dtype)
+    query = mixture(alpha, p.q, beta / p.count("n"), second)
     return p.la("P", query, p.k, p.v, last=True)
 
 

@@ -2,7 +2,8 @@
 
 An input fails if its answer is a traceback, a bare TypeError or the like, a hang, a crash, a memory beyond
 bounds, or silent acceptance of nonsense. `case` says what counts as an answer; `operators`, `library`,
-`commands`, `folders` and `corpora` make the inputs; `worker` tries them in a process of its own, which `pool`
+`commands`, `folders`,
+`corpora` and `states` make the inputs; `worker` tries them in a process of its own, which `pool`
 watches and replaces. Everything random is drawn from fixed seeds.
 """
 
@@ -14,16 +15,24 @@ from functools import cache
 from .case import Case
 
 # How many of the sample that runs every time come from each area.
-SAMPLE = {"operators": 22, "library": 22, "commands": 20, "model": 16, "checkpoint": 12, "corpus": 8}
+SAMPLE = {
+    "operators": 20,
+    "library": 20,
+    "commands": 20,
+    "model": 15,
+    "checkpoint": 11,
+    "corpus": 7,
+    "state": 7,
+}
 
 
 @cache
 def all_cases() -> dict[str, Case]:
     """name -> case, in order."""
-    from . import commands, corpora, folders, library, operators
+    from . import commands, corpora, folders, library, operators, states
 
     cases: dict[str, Case] = {}
-    for module in (operators, library, commands, folders, corpora):
+    for module in (operators, library, commands, folders, corpora, states):
         for case in module.cases():
             name, n = case.name, 2
             while name in cases:

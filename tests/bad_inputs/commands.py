@@ -86,6 +86,9 @@ FULL = tuple(at for at in ("/dev/full",) if os.path.exists(at))
 ODD_PATHS += ("too-long", "nul", "locked")
 
 
+COMMANDS = tuple(name for name in cli.COMMANDS if name != "lm")  # that one's flags are mlx-lm's
+
+
 def base(place: Any, command: str) -> Flags:
     """Flags of a call that goes well, and quickly."""
     model, corpus = str(place.good("model")), str(place.good("corpus"))
@@ -144,7 +147,7 @@ def _flag(place: Any, command: str, flag: str, value: str, joined: bool) -> Any:
 
 
 def _flag_cases() -> Iterator[Case]:
-    for command in cli.COMMANDS:
+    for command in COMMANDS:
         for action in _options(command):
             flag = action.option_strings[0].removeprefix("--")
             rng = random.Random(f"{SEED} {command} {flag}")
@@ -198,7 +201,7 @@ def _short(value: str) -> str:
 
 def _path_cases() -> Iterator[Case]:
     flags = {
-        "generate": ("model",),
+        "generate": ("model", "load-state", "save-state"),
         "info": ("model",),
         "eval": ("model", "data"),
         "train": ("data", "tokenizer", "init-from", "out"),
@@ -206,7 +209,9 @@ def _path_cases() -> Iterator[Case]:
     for command, names in flags.items():
         for flag in names:
             for kind in ODD_PATHS:
-                if flag == "out" and kind in ("absent", "folder", "dangling"):
+                if flag == "save-state" and kind in ("file", "loop"):
+                    continue  # what a file may replace
+                if flag in ("out", "save-state") and kind in ("absent", "folder", "dangling"):
                     continue  # a place for a run
 
                 def call(place, command=command, flag=flag, kind=kind):
@@ -304,7 +309,20 @@ def _contradictions() -> Iterator[Case]:
 # Flags whose large values are no nonsense but a long wait.
 PATIENCE = {"steps": 3, "samples": 2, "max-tokens": 64, "num-layers": 7, "valid-batches": 2, "accumulate": 3}
 PATIENCE |= {"repeats": 1, "head-dim": 64, "dims": 64, "hidden-dims": 64, "num-heads": 16, "batch-size": 64}
-LEFT_OUT = {"version", "prompt", "stop", "data", "model", "out", "tokenizer", "init-from", "preset", "resume"}
+LEFT_OUT = {
+    "save-state",
+    "load-state",
+    "version",
+    "prompt",
+    "stop",
+    "data",
+    "model",
+    "out",
+    "tokenizer",
+    "init-from",
+    "preset",
+    "resume",
+}
 INTS, FLOATS = (
     (0, 1, 2, 3, 5, 7, 16, 64, 1000, 2**31, -1),
     ("0", "1e-30", "1e-8", "0.1", "0.5", "0.999", "1", "2"),

@@ -23,6 +23,7 @@ from .values import label
 
 SEED, A_FIELD = 3, 100
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
+TOKENIZER_JSON, TOKENIZER_CONFIG, HLA = "tokenizer.json", "tokenizer_config.json", "hla.py"
 
 
 def _fields(cls: type, rng: random.Random, *keys: str) -> Iterator[Damage]:
@@ -57,12 +58,63 @@ QUANTIZATIONS: tuple[Any, ...] = (
 )
 
 
+# Keys of config.json for mlx-lm, and what they must not be.
+ADDED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama", "", 3, [], {}, True),
+    "model_file": ("/etc/passwd", "../x.py", "", 3, ["hla.py"], {}),
+    "bos_token_id": (0, -1, "1", [], [1, 2], {}, 10**30),
+    "eos_token_id": (0, -1, "2", [], [1, 2], {}, None),
+    "quantization_config": (3, {}, {"group_size": 64, "bits": 4}),
+    "auto_map": ({"AutoModel": "evil.Model"}, None),
+}
+
+
+def _alone(path: Path, apply: damage.Break) -> None:
+    """Damage a tokenizer.json on which the folder depends."""
+    path.with_name(TOKENIZER).unlink()
+    apply(path)
+
+
+def _companions(rng: random.Random, name: str) -> Iterator[Damage]:
+    for d in damage.anything(rng, forgiving=name == TOKENIZER):
+        absent = d.name in ("missing", "dangling", "loop")
+        if name == TOKENIZER_JSON:
+            yield d._replace(apply=partial(_alone, apply=d.apply))
+        elif absent and (name == HLA or d.name == "missing"):
+            yield d._replace(expect=EITHER)
+        else:
+            yield d
+    if name != TOKENIZER_JSON:
+        return
+    for d in damage.json_texts():
+        yield d._replace(apply=partial(_alone, apply=d.apply))
+    for key in ("model", "added_tokens", "pre_tokenizer", "decoder", "normalizer", "version"):
+        for value in (None, 3, "x", [], {}, [3], {"type": "BPE"}, {"type": "BPE", "vocab": 3}):
+            change = partial(damage.set_field, keys=(key,), value=value)
+            yield Damage(f"{key}={label(value)}", partial(_alone, apply=change), EITHER)
+    for key in ("vocab", "merges", "unk_token", "byte_fallback", "type"):
+        for value in (None, 3, "x", [], {}, [3], [["a"]], {"a": -1}, {"a": 10**30}, {"a": "b"}, ["a b c"]):
+            change = partial(damage.set_field, keys=("model", key), value=value)
+            yield Damage(f"model.{key}={label(value)}", partial(_alone, apply=change), EITHER)
+
+
 def _model_damages() -> Iterator[tuple[str, Damage]]:
     rng = random.Random(SEED)
-    for name in (CONFIG, WEIGHTS, TOKENIZER):
-        yield from ((name, d) for d in damage.anything(rng, forgiving=name == TOKENIZER))
+    for name in (CONFIG, WEIGHTS):
+        yield from ((name, d) for d in damage.anything(rng))
+    # Without a tokenizer.model there may be a tokenizer.json, without hla.py nothing is lost.
+    for name in (TOKENIZER, TOKENIZER_JSON, HLA):
+        yield from ((name, d) for d in _companions(rng, name))
+    # Read only for the code that it may name.
+    for d in (*damage.anything(rng), *damage.json_texts()):
+        yield TOKENIZER_CONFIG, d._replace(expect=EITHER)
+    code = partial(damage.set_field, keys=("auto_map",), value={"AutoTokenizer": "evil.Tokenizer"})
+    yield TOKENIZER_CONFIG, Damage("code", code)
     yield from ((CONFIG, d) for d in damage.json_texts())
     yield from ((CONFIG, d) for d in _fields(ModelConfig, rng))
+    for key, values in ADDED.items():
+        for value in values:
+            yield CONFIG, Damage(f"{key}={label(value)}", partial(damage.set_field, keys=(key,), value=value))
     sizes = [f.name for f in dataclasses.fields(ModelConfig) if str(f.type).startswith("int")]
     for name in sizes:
         for value in (0, 10**9, 2**63):
@@ -101,7 +153,8 @@ def _model_cases() -> Iterator[Case]:
     rng = random.Random(SEED)
     for file, d in _model_damages():
         how = rng.choice(["load", "load", "load", "info", "generate", "eval", "train"])
-        name = f"model:{file.partition('.')[0]}-{d.name}-{how}"
+        shown = file if file == TOKENIZER_JSON else file.partition(".")[0]
+        name = f"model:{shown}-{d.name}-{how}"
         yield Case(name, partial(_call, _model, file, d.apply, how), d.expect, d.as_user)
 
 

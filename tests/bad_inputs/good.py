@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlx_hla.models import LanguageModel, ModelConfig, save
+from mlx_hla.generate import read
+from mlx_hla.models import LanguageModel, ModelConfig, load, save
+from mlx_hla.models.snapshot import save_snapshot
 from mlx_hla.tokenizer import Tokenizer, train_tokenizer
 from mlx_hla.train import preset, train
 
@@ -18,6 +20,12 @@ def tokenizer(place, path: Path) -> None:
 
 def model(place, path: Path) -> None:
     save(path, LanguageModel(ModelConfig(**SIZES)), Tokenizer.load(place.good("tokenizer")))
+
+
+def state(place, path: Path) -> None:
+    """What a text leaves in the model."""
+    loaded, _ = load(place.good("model"))
+    save_snapshot(path, loaded, read(loaded, [1, 5, 9]))
 
 
 def corpus(place, path: Path) -> None:
