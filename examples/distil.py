@@ -5,6 +5,18 @@ and the new layers learn to say what the whole model said before (or, with --tar
 Needs the extra `lm`.
 
     python examples/distil.py
+
+As measured, MLX 0.32.4, two x86-64 cores with OpenBLAS and other work on them, one seed; the validation text
+is the start of the held-out files, and bytes are those of all caches after so many tokens:
+
+    model                     seconds  nats per byte    bytes at 256  bytes at 1,024  bytes at 4,096
+    Llama                         134          1.594         524,288       2,097,152       8,388,608
+    no attention in 1, 3            0          1.794
+    layers 1, 3 swapped             0          1.727         317,440       1,103,872       4,249,600
+    new layers trained            105          1.609         317,440       1,103,872       4,249,600
+
+The attention of the two layers is worth 0.200 nats per byte, the swap costs 0.133 of them, training the new
+layers wins 0.118 back. A small and hardly trained model: how to swap, not what a large one would lose.
 """
 
 # ruff: noqa: E402
@@ -134,7 +146,14 @@ def main() -> None:
     teacher.update(model.parameters())
     teacher.freeze()
     chosen = swap(model, "odd", args.operator, rope=args.rope)
-    table.append((f"layers {', '.join(map(str, chosen))} swapped", 0.0, score(), held()))
+    names = ", ".join(map(str, chosen))
+    own = model.parameters()
+    for i in chosen:  # what the swap is to be measured by: no attention at all in these layers
+        output = model.layers[i].self_attn.o_proj
+        output.weight = mx.zeros(output.weight.shape)
+    table.append((f"no attention in {names}", 0.0, score(), []))
+    model.update(own)
+    table.append((f"layers {names} swapped", 0.0, score(), held()))
 
     freeze_rest(model)
     batches = Batches(stream, args.batch, args.context, args.seed + 1)

@@ -148,6 +148,7 @@ def swap(
     layers: indices, from the end where negative; a slice; "odd" (1, 3, ...) or "even" (0, 2, ...); or a
         number n, for the last layer of every n: n - 1, 2n - 1, ...
     rope: True keeps the rotary positions of the layer.
+    qk_norm: "rms" takes the layer's own norms of queries and keys where it has them; others drop those.
     The rest is as in `HLAttention`. Nothing is changed unless all of the layers can be swapped.
     """
     blocks = blocks_of(model)

@@ -48,8 +48,9 @@ def test_distil_swaps_and_ends_with_its_table():
     for more in ("--valid-batches 2", "--valid-batches 2 --target text --operator first --rope"):
         result = run("distil.py", *small.split(), *more.split())
         assert result.returncode == 0, result.stderr
-        *_, title, before, swapped, after = result.stdout.splitlines()
+        *_, title, before, without, swapped, after = result.stdout.splitlines()
         assert title.split()[:4] == ["model", "seconds", "nats", "per"]
+        assert without.startswith("no attention in 1, 3")
         assert swapped.startswith("layers 1, 3 swapped")
         assert after.startswith("new layers trained")
         # The caches of half of the layers do not grow.
