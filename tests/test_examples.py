@@ -56,3 +56,16 @@ def test_distil_swaps_and_ends_with_its_table():
         # The caches of half of the layers do not grow.
         kept, held = ([int(x.replace(",", "")) for x in row.split()[-3:]] for row in (before, after))
         assert [2 * (held[i + 1] - held[i]) for i in (0, 1)] == [kept[i + 1] - kept[i] for i in (0, 1)]
+
+
+def test_the_quantisation_table_has_every_kind():
+    result = run("quantize.py", "--batch-size", "1", "--valid-batches", "1", "--tokens", "3")
+    assert result.returncode == 0, result.stderr
+    for row in (
+        "| 16 bits (as shipped) | 11.65 |",
+        "| 8 bits |",
+        "| 4 bits |",
+        "| mxfp4 |",
+        "| 1,048,576 | 0.84 |",
+    ):
+        assert row in result.stdout
