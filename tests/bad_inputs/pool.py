@@ -58,7 +58,8 @@ class Watched:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._words,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in paths if p)},
+                cwd=self._root,  # where a word that is taken for a path may leave a file
                 start_new_session=True,  # so that what a case starts ends with it
             )
             if self._line(START_SECONDS) != b"ready":
