@@ -24,6 +24,7 @@ prefer_openblas()  # before MLX is imported
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
+from mlx.utils import tree_unflatten  # noqa: E402
 
 from mlx_hla import data  # noqa: E402
 from mlx_hla.devices import compute_dtype  # noqa: E402
@@ -31,8 +32,10 @@ from mlx_hla.generate import read, stream_generate  # noqa: E402
 from mlx_hla.losses import Scorer  # noqa: E402
 from mlx_hla.models import load, save  # noqa: E402
 from mlx_hla.models.io import WEIGHTS  # noqa: E402
+from mlx_hla.models.quantization import quantized_modules  # noqa: E402
 from mlx_hla.nn.cache import cache_bytes  # noqa: E402
 from mlx_hla.sampling import Sampling  # noqa: E402
+from mlx_hla.trees import flat  # noqa: E402
 
 KINDS = {
     "16 bits (as shipped)": None,
@@ -50,6 +53,16 @@ def speed(model, tokenizer, tokens: int) -> float:
     return max(chunk.generation_tps for chunk in chunks)
 
 
+def widened(model) -> dict:
+    """The parameters of the model with packed weights as the numbers that they stand for: products of those
+    are the same, and on a CPU many times as fast as of packed ones."""
+    params = flat(model.parameters())
+    for path, m in quantized_modules(model).items():
+        packed = (params.pop(f"{path}.{name}", None) for name in ("weight", "scales", "biases"))
+        params[f"{path}.weight"] = mx.dequantize(*packed, group_size=m.group_size, bits=m.bits, mode=m.mode)
+    return tree_unflatten(list(params.items()))
+
+
 def row(name: str, how: dict | None, scorer_of, tokens: int) -> str:
     model, tokenizer = load()
     if how is not None:
@@ -62,7 +75,7 @@ def row(name: str, how: dict | None, scorer_of, tokens: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         save(folder, model, tokenizer)
         size = (Path(folder) / WEIGHTS).stat().st_size
-    loss = scorer_of(model, tokenizer)(model.parameters())
+    loss = scorer_of(*load())(widened(model))
     return f"| {name} | {size / 1e6:.2f} | {loss:.4f} | {speed(model, tokenizer, tokens):.0f} |"
 
 
@@ -79,7 +92,8 @@ def states() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--valid-batches", type=int, default=16, help="batches of 8 windows at most; 0: all")
+    parser.add_argument("--valid-batches", type=int, default=0, help="batches of windows at most; 0: all")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows at a time")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to write for the speed")
     args = parser.parse_args()
     corpus = data.load_corpus()
@@ -89,7 +103,7 @@ def main() -> None:
             model,
             data.encode_texts(tokenizer, corpus.valid),
             data.bytes_per_token(tokenizer),
-            batch_size=8,
+            batch_size=args.batch_size,
             context=model.config.context,
             dtype=compute_dtype(),
             max_batches=args.valid_batches,

@@ -20,13 +20,14 @@ What mlx-lm then does is mlx-lm's. What to know of it:
 - The detokenizer writes a space for U+2581, as it does for any SentencePiece model.
 - `convert` and `fuse` leave tokenizer.model behind; `load` makes it again from tokenizer.json.
 - The softmax baseline is no model of mlx-lm's.
+
+The layer alone, in another model of mlx-lm's: `swap` and `freeze_rest`, see `mlx_hla.surgery`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,12 +36,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_hla import lm_caches
 from mlx_hla.errors import InputError, about_import
+from mlx_hla.lm_caches import padding as _mask
 from mlx_hla.models.config import ModelConfig
 from mlx_hla.models.lm import LanguageModel
 from mlx_hla.models.portable import MODEL_TYPE, check_code, own_fields
-from mlx_hla.nn import HLACache
-from mlx_hla.nn.cache import arrays, fill
+from mlx_hla.surgery import freeze_rest as freeze_rest
+from mlx_hla.surgery import swap as swap
 
 try:
     from mlx_lm import utils
@@ -81,26 +84,18 @@ class Model(LanguageModel):
         if cache is None:
             return self.logits(inputs, **options)
         mask = _mask(cache, inputs.shape[1])
-        work = [self._unpacked(c) for c in cache]
+        work = [lm_caches.unpacked(c, self._state) for c in cache]
         logits = self.logits(inputs, work, mask, **options)
         for c, w in zip(cache, work, strict=True):
-            for i, a in enumerate(arrays(w.state)):
-                c[i] = a
-            c.advance(inputs.shape[1])
+            lm_caches.pack(w, c, inputs.shape[1])
         return logits
 
     def make_cache(self) -> list[ArraysCache]:
-        return [ArraysCache(size=len(arrays(self._state))) for _ in self.layers]
-
-    def _unpacked(self, cache: ArraysCache) -> HLACache:
-        return HLACache() if cache.empty() else HLACache.from_state(fill(self._state, cache.cache))
+        return [lm_caches.empty(self._state) for _ in self.layers]
 
     @functools.cached_property
     def _state(self) -> Any:
-        """A tree like that of a layer's state; its arrays stand for others and hold nothing."""
-        cache = HLACache()
-        self.layers[0].mixer(mx.zeros((1, 1, self.config.dims)), cache=cache)
-        return fill(cache.state, itertools.repeat(mx.array(0)))
+        return lm_caches.template(self.layers[0].mixer, self.config.dims)
 
     @property
     def cast_predicate(self) -> Callable[[str], bool]:
@@ -111,20 +106,6 @@ class Model(LanguageModel):
     def quant_predicate(self) -> Callable[[str, nn.Module], bool]:
         """Which modules may be quantised, of those that can be: the decay gate, if it ever can, may not."""
         return lambda path, module: "decay_gate" not in path
-
-
-def _mask(cache: list[Any], T: int) -> mx.array | None:
-    """The mask of mlx-lm's cache for the next T tokens, [B, T]; None where it masks none of them.
-
-    With a mask a call costs twice as much, and a batch that is not padded carries zeros for its padding.
-    """
-    first = cache[0]
-    if first.left_padding is not None and not mx.any(first.left_padding > 0).item():
-        for c in cache:
-            c.left_padding = None  # one look, or every later token would count it down
-    if first.left_padding is None and (first.lengths is None or not mx.any(first.lengths < T).item()):
-        return None
-    return first.make_mask(T)
 
 
 class _Config(PretrainedConfig):

@@ -40,3 +40,32 @@ def test_train_says_what_is_wrong():
     result = run("train.py", "--data", "no-such-folder")
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("mlx-hla: error:")
+
+
+def test_distil_swaps_and_ends_with_its_table():
+    pytest.importorskip("mlx_lm")
+    small = "--steps 12 --recover-steps 8 --dims 32 --vocab 400 --context 32 --batch 4 --max-bytes 200000"
+    for more in ("--valid-batches 2", "--valid-batches 2 --target text --operator first --rope"):
+        result = run("distil.py", *small.split(), *more.split())
+        assert result.returncode == 0, result.stderr
+        *_, title, before, without, swapped, after = result.stdout.splitlines()
+        assert title.split()[:4] == ["model", "seconds", "nats", "per"]
+        assert without.startswith("no attention in 1, 3")
+        assert swapped.startswith("layers 1, 3 swapped")
+        assert after.startswith("new layers trained")
+        # The caches of half of the layers do not grow.
+        kept, held = ([int(x.replace(",", "")) for x in row.split()[-3:]] for row in (before, after))
+        assert [2 * (held[i + 1] - held[i]) for i in (0, 1)] == [kept[i + 1] - kept[i] for i in (0, 1)]
+
+
+def test_the_quantisation_table_has_every_kind():
+    result = run("quantize.py", "--batch-size", "1", "--valid-batches", "1", "--tokens", "3")
+    assert result.returncode == 0, result.stderr
+    for row in (
+        "| 16 bits (as shipped) | 11.65 |",
+        "| 8 bits |",
+        "| 4 bits |",
+        "| mxfp4 |",
+        "| 1,048,576 | 0.84 |",
+    ):
+        assert row in result.stdout

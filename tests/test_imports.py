@@ -20,8 +20,8 @@ RANKS = [
     {"kernels", "tokenizer", "reference", "sampling"},
     {"ops", "data"},
     {"nn"},
-    {"models"},
-    {"generate", "reading", "train", "evaluate", "selftest", "mlx_lm"},
+    {"models", "lm_caches", "decoders"},
+    {"generate", "reading", "train", "evaluate", "selftest", "mlx_lm", "surgery"},
     {"tune"},
     {"cli", "__main__", "pretrained"},
 ]
@@ -36,6 +36,7 @@ ACROSS = {
     ("losses", "trees"),
     ("evaluate", "generate"),
     ("reading", "generate"),
+    ("mlx_lm", "surgery"),
     ("__main__", "cli"),
 }
 RANK = {part: i for i, parts in enumerate(RANKS) for part in parts}

@@ -202,7 +202,7 @@ class HLAttention(nn.Module):
         if carried.memory is not None and (carried.conv is None) == ("conv" in self):
             got = "one without" if carried.conv is None else "one with"
             raise ValueError(f"[HLAttention] cache must be of this layer, got {got} inputs of a convolution")
-        qkv = self.qkv_proj(x)
+        qkv = self._project(x)
         dtype = qkv.dtype
         if dtype == mx.float16:
             qkv = qkv.astype(mx.float32)
@@ -213,10 +213,18 @@ class HLAttention(nn.Module):
         o = o.flatten(-2).astype(dtype)
         if self.output_gate:
             o = o * _ACTIVATIONS[self.output_gate](self.gate_proj(x))
-        y = self.out_proj(o)
+        y = self._project_out(o)
         if cache is not None:
             cache.state = carried.state
         return y if packed is None else packed.unpack(y)
+
+    def _project(self, x):
+        """x [B, T, dims] to queries, keys and values of all heads, one after the other."""
+        return self.qkv_proj(x)
+
+    def _project_out(self, o):
+        """Outputs of all heads, one after the other, to [B, T, dims]."""
+        return self.out_proj(o)
 
     def _prepare(self, qkv, lengths, segment_ids, carried):
         """q [B, T, Hq, D], k [B, T, Hkv, D], v [B, T, Hkv, Dv], convolved, normalised and rotated."""
@@ -248,11 +256,13 @@ class HLAttention(nn.Module):
         carried.offset = offset + (T if lengths is None else lengths)
 
         def rotate(a):
-            a = a.transpose(0, 2, 1, 3)
-            a = mx.fast.rope(a, self.head_dim, traditional=False, base=self.rope, scale=1.0, offset=offset)
-            return a.transpose(0, 2, 1, 3)
+            return self._rotated(a.transpose(0, 2, 1, 3), offset).transpose(0, 2, 1, 3)
 
         return rotate(q), rotate(k)
+
+    def _rotated(self, a, offset):
+        """a [B, H, T, D], turned to the positions from offset [B] on."""
+        return mx.fast.rope(a, self.head_dim, traditional=False, base=self.rope, scale=1.0, offset=offset)
 
     def _decay_of(self, x):
         if self.decay == "gate":

@@ -478,6 +478,9 @@ def _stream_cases() -> Iterator[Case]:
         lambda p: p.process(*base(p, "generate"), "--prompt", "é", environment={"PYTHONIOENCODING": "ascii"}),
         ACCEPTED,
     )
+    for words in ("nosuch", "", "../cli", "--", "generate.x"):
+        yield add(f"process-lm-{_short(words) or 'nothing'}", lambda p, w=words: p.process("lm", w))
+    yield add("process-lm", lambda p: p.process("lm"))
     yield add("process-no-prompt", lambda p: p.process("generate", redirect="<&-"))
 
 
