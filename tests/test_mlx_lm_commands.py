@@ -18,6 +18,7 @@ import pytest
 
 from mlx_hla import cli
 from mlx_hla.generate import generate
+from mlx_hla.losses import token_losses
 from mlx_hla.models import PRETRAINED, LanguageModel, ModelConfig, load, save
 from mlx_hla.models.io import read_header
 from mlx_hla.models.lm import Block
@@ -214,6 +215,32 @@ def test_a_prompt_is_read_once(shipped, tmp_path, capsys):
 def test_benchmark(small, capsys):
     lm("benchmark", "--model", small, "-p", 32, "-g", 8, "-b", 2, "-n", 1)
     assert "Averages" in capsys.readouterr().out
+
+
+def test_perplexity(shipped, tmp_path, monkeypatch, capsys):
+    """Of one text, cut as the command cuts it; the loss is ours."""
+    pytest.importorskip("datasets")
+    text = "".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(60))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lm(
+        "perplexity",
+        "--model",
+        shipped,
+        "--data-path",
+        tmp_path / "data",
+        "--num-samples",
+        2,
+        "--sequence-length",
+        64,
+    )
+    said = float(capsys.readouterr().out.split("Perplexity: ")[1].split()[0])
+    model, tokenizer = load(shipped, mx.float32)
+    ids = mx.array(tokenizer.encode(text, bos=True)[:128]).reshape(2, 64)
+    want = mx.exp(token_losses(model, model.parameters(), ids).mean()).item()
+    assert said == pytest.approx(want, rel=1e-3)
 
 
 # --- server
