@@ -310,7 +310,7 @@ def test_packed_weights_are_no_start(corpus, whole, tmp_path):
 def test_the_tiny_preset_learns_more_than_frequencies(tmp_path):
     """In a part of its steps, on the text that is at hand everywhere."""
     out = tmp_path / "run"
-    config, settings = preset("tiny", {}, {"out": str(out), "steps": 120, "valid_batches": 0})
+    config, settings = preset("tiny", {}, {"out": str(out), "steps": 160, "valid_batches": 0})
     corpus = load_corpus(None, settings.valid_fraction, settings.max_bytes)
     result = train(config, settings)
     tokenizer = load(out)[1]
