@@ -65,7 +65,7 @@ class Operator:
         of `mlx_hla.reference` define it in float64.
     order: how many times a query meets the past.
     state, slots: the NamedTuple that it returns, and the arrays in it.
-    compose: `compose(place, **options) -> o`, made of passes `place.la(slot, q, k, v)`, see `places`.
+    compose: `compose(place) -> o`, made of passes `place.la(slot, q, k, v)`, see `places`.
     degree: o is homogeneous in `scale`, of this degree; None if it is not.
     alias: what layers and configurations call it, if not by its name.
     family: of the kernels made for it; without one its passes run on the kernels of first order.
