@@ -45,23 +45,29 @@ def save_checkpoint(out: Path, step: int, run: Checkpoint) -> Path:
     if not finite((trainer.params, trainer.state)):
         raise InputError(f"step {step}: the weights hold NaN or infinity: not saved; {last_good(out)}")
     progress = {"step": step, "corpus": run.corpus, "settings": dataclasses.asdict(trainer.settings)}
-    folder = new_folder(out)
+    files = {
+        TOKENIZER: run.tokenizer.proto,
+        CONFIG: run.model.config.to_json().encode(),
+        PROGRESS: (json.dumps(progress, indent=2) + "\n").encode(),
+    }
+    replace_checkpoint(final, files, {WEIGHTS: trainer.params, OPTIMIZER: trainer.state})
+    return final
+
+
+def replace_checkpoint(final: Path, files: dict[str, bytes], trees: dict[str, dict]) -> None:
+    """Write the folder `final` whole or not at all, then remove the other checkpoints beside it."""
+    folder = new_folder(final.parent)
     try:
-        for name, data in (
-            (TOKENIZER, run.tokenizer.proto),
-            (CONFIG, run.model.config.to_json().encode()),
-            (PROGRESS, (json.dumps(progress, indent=2) + "\n").encode()),
-        ):
+        for name, data in files.items():
             write_atomic(folder / name, partial(_write, data=data))
-        for name, tree in ((WEIGHTS, trainer.params), (OPTIMIZER, trainer.state)):
+        for name, tree in trees.items():
             write_atomic(folder / name, partial(mx.save_safetensors, arrays=flat(tree)))
         folder.rename(final)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    for other in find_checkpoints(out):
+    for other in find_checkpoints(final.parent):
         if other != final:
             shutil.rmtree(other, ignore_errors=True)
-    return final
 
 
 def _write(file: BinaryIO, data: bytes) -> None:
@@ -99,8 +105,8 @@ def load_checkpoint(out: Path) -> Checkpoint:
     check_vocabulary(config, tokenizer, folder / TOKENIZER)
     model = LanguageModel(config)
     trainer = Trainer(model, settings)
-    trainer.params = _load(folder / WEIGHTS, trainer.params)
-    trainer.state = _load(folder / OPTIMIZER, trainer.state)
+    trainer.params = load_tree(folder / WEIGHTS, trainer.params)
+    trainer.state = load_tree(folder / OPTIMIZER, trainer.state)
     return Checkpoint(step, settings, model, tokenizer, trainer, corpus)
 
 
@@ -113,7 +119,8 @@ def lengthened(run: Checkpoint, steps: int) -> Checkpoint:
     return run._replace(settings=settings)
 
 
-def _load(path: Path, like: dict) -> dict:
+def load_tree(path: Path, like: dict) -> dict:
+    """The float32 tensors of a checkpoint's file, in the shape of `like`."""
     wanted = flat(like)
     tensors = load_tensors(path, wanted, ("F32",))
     if not finite(tensors):

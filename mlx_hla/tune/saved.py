@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx.utils import tree_unflatten
 
 from mlx_hla.devices import compute_dtype
 from mlx_hla.errors import InputError
 from mlx_hla.files import write_atomic
 from mlx_hla.models import LanguageModel, load
-from mlx_hla.models.io import load_tensors
 from mlx_hla.models.snapshot import digest
 from mlx_hla.settings import read_json
 from mlx_hla.tokenizer import Tokenizer
-from mlx_hla.train.checkpoint import find_checkpoints, last_good
+from mlx_hla.train.checkpoint import find_checkpoints, last_good, load_tree, replace_checkpoint
 from mlx_hla.train.estimate import memory
-from mlx_hla.train.folder import new_folder
-from mlx_hla.trees import finite, flat
+from mlx_hla.trees import finite
 from mlx_hla.tune.adapters import Adaptation, adapt
 from mlx_hla.tune.options import FinetuneConfig
 from mlx_hla.tune.tuner import Tuner
@@ -89,17 +84,8 @@ def save_run(run: Run, step: int) -> None:
         # Stopped again before its first step, or validated since: the arrays are the same.
         write_atomic(final / PROGRESS, lambda file: file.write(text))
         return
-    folder = new_folder(out)
-    try:
-        write_atomic(folder / PROGRESS, lambda file: file.write(text))
-        for name, tree in ((TRAINED, trainer.params), (OPTIMIZER, trainer.state)):
-            write_atomic(folder / name, partial(mx.save_safetensors, arrays=flat(tree)))
-        folder.rename(final)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    for other in find_checkpoints(out):
-        if other != final:
-            shutil.rmtree(other, ignore_errors=True)
+    trees = {TRAINED: trainer.params, OPTIMIZER: trainer.state}
+    replace_checkpoint(final, {PROGRESS: text}, trees)
 
 
 def load_run(out: Path) -> Run:
@@ -119,8 +105,8 @@ def load_run(out: Path) -> Run:
     run = begin(settings, corpus)
     if run.base != progress["base"]:
         raise InputError(f"{out}: the base is not the one that the run began with")
-    run.trainer.params = _read(folder / TRAINED, run.trainer.params)
-    run.trainer.state = _read(folder / OPTIMIZER, run.trainer.state)
+    run.trainer.params = load_tree(folder / TRAINED, run.trainer.params)
+    run.trainer.state = load_tree(folder / OPTIMIZER, run.trainer.state)
     return run._replace(step=step, standing=standing)
 
 
@@ -132,11 +118,3 @@ def _standing(values: object, path: Path) -> Standing:
         if type(value) not in ((int, float, type(None)) if name in ("before", "best") else (int,)):
             raise InputError(f"{path}: {name} makes no sense: {repr(value)[:40]}")
     return Standing(**values)
-
-
-def _read(path: Path, like: dict) -> dict:
-    wanted = flat(like)
-    tensors = load_tensors(path, wanted, ("F32",))
-    if not finite(tensors):
-        raise InputError(f"{path}: holds NaN or infinity: a run that diverged cannot go on from it")
-    return tree_unflatten([(name, tensors[name]) for name in wanted])
