@@ -1,5 +1,6 @@
 """MLX's function transformations on the operators, what they compile, and how much memory they take."""
 
+import gc
 import subprocess
 import sys
 
@@ -218,6 +219,7 @@ def peak(op, T, D, decayed):
     arrays = [q, k, v, *([mx.full((1, T, 1), 0.97)] if decayed else [])]
     mx.eval(arrays)
     f = gradient
+    gc.collect()  # else what earlier tests left in cycles may be freed while this one is measured
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     mx.eval(f(lambda q, k, v, g=None: function(op)(q, k, v, decay=g)[0].sum(), arrays))
