@@ -306,7 +306,7 @@ def _info(args) -> int:
     if args.json:
         print(json.dumps(result))
         return 0
-    print(f"{folder}: {config.operator}, {model.num_parameters:,} parameters")
+    print(f"{folder}: {config.mixer_name}, {model.num_parameters:,} parameters")
     print("  " + ", ".join(f"{part} {n:,}" for part, n in parts.items()))
     print(f"  weights: {result['weights_bytes'] / 1e6:.2f} MB of {', '.join(result['weights_dtypes'])}")
     shown = ", ".join(f"{n:,} bytes after {tokens} tokens" for tokens, n in state.items())

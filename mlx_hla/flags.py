@@ -12,12 +12,18 @@ def _number_or_text(text: str) -> int | str:
     return int(text) if text.isascii() and text.isdigit() else text
 
 
+def _texts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
 _PARSERS: dict[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,
     "str": str,
     "str | int": _number_or_text,
+    "tuple[str, ...]": _texts,
 }
+_METAVARS = {"str | int": "NAME", "tuple[str, ...]": "NAME,..."}
 
 
 def _optional(parse: Callable[[str], Any], name: str) -> Callable[[str], Any]:
@@ -33,7 +39,8 @@ def add_fields(parser: Any, cls: type, defaults: object | None = None) -> None:
     defaults = cls() if defaults is None else defaults
     for field in dataclasses.fields(cls):
         kind = str(field.type)
-        shown = str(getattr(defaults, field.name)).lower()
+        value = getattr(defaults, field.name)
+        shown = ",".join(value) if isinstance(value, tuple) else str(value).lower()
         options: dict[str, Any] = {
             "default": argparse.SUPPRESS,
             "help": f"{field.metadata['help']} (default: {shown})",
@@ -44,7 +51,7 @@ def add_fields(parser: Any, cls: type, defaults: object | None = None) -> None:
             name = kind.removesuffix(" | None")
             parse = _PARSERS[name]
             options["type"] = _optional(parse, name) if kind.endswith("None") else parse
-            options["metavar"] = "NAME" if parse is _number_or_text else name.upper()
+            options["metavar"] = _METAVARS.get(name, name.upper())
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
 
 

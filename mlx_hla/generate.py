@@ -16,7 +16,7 @@ from mlx_hla.errors import InputError
 from mlx_hla.models import LanguageModel
 from mlx_hla.models.lm import check_tokens
 from mlx_hla.models.snapshot import LAST_TOKENS, Snapshot
-from mlx_hla.nn.cache import KVCache, arrays, eval_cache, fill
+from mlx_hla.nn.cache import arrays, eval_cache, fill
 from mlx_hla.sampling import Sampling
 from mlx_hla.settings import check_whole
 from mlx_hla.tokenizer import Tokenizer
@@ -97,7 +97,7 @@ def make_decoder(model: LanguageModel, sampling: Sampling, cache: list):
             history = mx.concatenate([history[:, 1:], token[:, None]], axis=1)
         return token, history, key
 
-    if any(isinstance(c, KVCache) for c in cache):
+    if not all(c.constant for c in cache):
 
         def step(token, history, key):
             logits = model.logits(token[:, None], cache)[:, -1]

@@ -19,7 +19,7 @@ What mlx-lm then does is mlx-lm's. What to know of it:
 - A module whose input width is no multiple of the group size is left out of quantisation.
 - The detokenizer writes a space for U+2581, as it does for any SentencePiece model.
 - `convert` and `fuse` leave tokenizer.model behind; `load` makes it again from tokenizer.json.
-- The softmax baseline is no model of mlx-lm's.
+- A model with full softmax attention in it is none of mlx-lm's.
 
 The layer alone, in another model of mlx-lm's: `swap` and `freeze_rest`, see `mlx_hla.surgery`.
 """
@@ -72,8 +72,8 @@ class Model(LanguageModel):
     """`LanguageModel`, its weights under the same names, over mlx-lm's caches."""
 
     def __init__(self, args: ModelArgs):
-        if args.config.operator == "softmax":
-            raise InputError("the softmax baseline does not run under mlx-lm: use mlx-hla's own commands")
+        if not args.config.constant_state:
+            raise InputError("full softmax attention does not run under mlx-lm: use mlx-hla's own commands")
         super().__init__(args.config)
         self.args, self.model_type = args, args.model_type
 
@@ -84,18 +84,18 @@ class Model(LanguageModel):
         if cache is None:
             return self.logits(inputs, **options)
         mask = _mask(cache, inputs.shape[1])
-        work = [lm_caches.unpacked(c, self._state) for c in cache]
+        work = [lm_caches.unpacked(c, state) for c, state in zip(cache, self._states, strict=True)]
         logits = self.logits(inputs, work, mask, **options)
         for c, w in zip(cache, work, strict=True):
             lm_caches.pack(w, c, inputs.shape[1])
         return logits
 
     def make_cache(self) -> list[ArraysCache]:
-        return [lm_caches.empty(self._state) for _ in self.layers]
+        return [lm_caches.empty(state) for state in self._states]
 
     @functools.cached_property
-    def _state(self) -> Any:
-        return lm_caches.template(self.layers[0].mixer, self.config.dims)
+    def _states(self) -> list[Any]:
+        return [lm_caches.template(layer.mixer, self.config.dims) for layer in self.layers]
 
     @property
     def cast_predicate(self) -> Callable[[str], bool]:

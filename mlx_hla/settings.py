@@ -30,6 +30,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "str | None": (str, type(None)),
     "str | int": (str, int),
     "bool": (bool,),
+    "tuple[str, ...] | None": (tuple, type(None)),
 }
 
 
@@ -40,6 +41,8 @@ def check_types(settings: Any) -> None:
         kind = str(field.type)
         allowed = _TYPES[kind]
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            raise InputError(f"{field.name} must be {kind}, got {repr(value)[:60]}")
+        if isinstance(value, tuple) and not all(isinstance(part, str) for part in value):
             raise InputError(f"{field.name} must be {kind}, got {repr(value)[:60]}")
         if isinstance(value, int | float) and "float" in kind and not _is_finite(value):
             raise InputError(f"{field.name} must be finite, got {repr(value)[:60]}")
@@ -85,6 +88,9 @@ def from_dict(cls: type[T], values: object, name: str) -> T:
     if unknown:
         shown = ", ".join(repr(k)[:42] for k in unknown[:5])
         raise InputError(f"{name}: unknown keys {shown}; known are {', '.join(sorted(known))}")
+    # JSON has lists for tuples.
+    tuples = {f.name for f in dataclasses.fields(cls) if str(f.type).startswith("tuple")}  # type: ignore[arg-type]
+    values = {k: tuple(v) if k in tuples and isinstance(v, list) else v for k, v in values.items()}
     try:
         return cls(**values)
     except InputError as e:

@@ -104,7 +104,7 @@ class SwappedAttention(HLAttention):
     def lm_cache(self) -> ArraysCache:
         return lm_caches.empty(self._state)
 
-    def _rotated(self, a: mx.array, offset: mx.array) -> mx.array:
+    def _rotated(self, a: mx.array, offset: Any) -> mx.array:
         return self.rope(a, offset=offset)
 
     @functools.cached_property

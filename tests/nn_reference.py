@@ -4,7 +4,23 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_hla import reference
+from mlx_hla.nn import HLAttention, SoftmaxAttention, WindowAttention
 from mlx_hla.ops.order import operator_of
+
+# Mixers of softmax attention: the class, and what it is built with beside the shared options.
+SOFTMAX = {"window": (WindowAttention, {"window": 7}), "softmax": (SoftmaxAttention, {})}
+_NOT_SOFTMAX = {"decay", "normalize", "output_norm"}
+
+
+def make(kind, options, dims, heads):
+    """A mixer: an operator's `HLAttention`, or one of softmax attention with those of the options it has."""
+    if kind not in SOFTMAX:
+        return HLAttention(dims, heads, operator=kind, **options)
+    cls, own = SOFTMAX[kind]
+    shared = {name: value for name, value in options.items() if name not in _NOT_SOFTMAX}
+    if shared.get("qk_norm") == "l2":
+        del shared["qk_norm"]
+    return cls(dims, heads, **own, **shared)
 
 
 def assert_close(name, got, want, tol):
@@ -34,8 +50,21 @@ def _rotate(x, base):
     return np.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
 
+def _look_back(attention, q, k, v):
+    """One head of softmax attention: q, k [T, D] with the scale in q, v [T, Dv]."""
+    t = np.arange(len(q))
+    seen = t[:, None] >= t
+    if hasattr(attention, "window"):
+        seen &= t[:, None] - t < attention.window
+    scores = np.where(seen, q @ k.T, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True) @ v
+
+
 def _operate(attention, q, k, v, g):
     """One head: q, k [T, D] with the scale in q, v [T, Dv], g [T], by the operator's float64 recurrence."""
+    if not isinstance(attention, HLAttention):
+        return _look_back(attention, q, k, v)
     operator = operator_of(attention.operator)
     serial = getattr(reference, f"serial_{operator.name}")
     q, k, v, g = (x[None, :, None] for x in (q, k, v, g))
@@ -76,10 +105,11 @@ def layer(attention, x, weights=None):
         scale = 1.0
     if a.rope is not None:
         q, k = _rotate(q, a.rope), _rotate(k, a.rope)
-    if a.decay == "gate":
+    decay = getattr(a, "decay", None)
+    if decay == "gate":
         z = x @ w["decay_gate.weight"].T + w["decay_gate.bias"]
         g = np.exp(-np.log1p(np.exp(z)))
-    elif a.decay == "fixed":
+    elif decay == "fixed":
         # Memories of 8 to 512 tokens, even in log: g = exp(-1 / memory).
         memory = np.geomspace(8, 512, Hkv) if Hkv > 1 else np.array([64.0])
         g = np.broadcast_to(np.exp(-1 / memory), (T, Hkv))
@@ -89,7 +119,7 @@ def layer(attention, x, weights=None):
     for h in range(Hq):
         j = h * Hkv // Hq
         o[:, h] = _operate(a, scale * q[:, h], k[:, j], v[:, j], g[:, j])
-        if a.normalize:
+        if getattr(a, "normalize", False):
             o[:, h] /= _operate(a, scale * q[:, h], k[:, j], np.ones((T, 1)), g[:, j]) + 1e-6
     if "out_norm" in a:
         o = _rms(o, w["out_norm.weight"], 1e-5)

@@ -21,10 +21,17 @@ def tokenizer():
     return train_tokenizer(["def add(a, b):\n    return a + b  # é\n" * 30], 380)
 
 
-@pytest.fixture(scope="module", params=["hla2", "softmax"])
+@pytest.fixture(scope="module", params=["hla2", "softmax", "window,readout", "softmax,ahla"])
 def model(request):
     config = ModelConfig(
-        operator=request.param, vocab_size=380, dims=32, num_layers=2, num_heads=2, hidden_dims=48, context=64
+        layers=tuple(request.param.split(",")),
+        window=5,
+        vocab_size=380,
+        dims=32,
+        num_layers=2,
+        num_heads=2,
+        hidden_dims=48,
+        context=64,
     )
     return LanguageModel(config, seed=3)
 

@@ -95,6 +95,7 @@ VARIANTS = {
     "mixed": {"operator": "mixed"},
     "order-4": {"operator": 4},
     "rope": {"rope_theta": 10000.0},
+    "hybrid": {"layers": ("window", "readout"), "window": 5},
     "no-conv": {"conv_size": 0, "decay": "fixed"},
     "normalize": {"normalize": True, "num_kv_heads": 1, "output_gate": True},
 }
@@ -115,7 +116,7 @@ def test_the_same_logits_whole_and_in_pieces(variant):
     assert flat(model.parameters()).keys() == flat(ours.parameters()).keys()
 
 
-@pytest.mark.parametrize("variant", ["hla2", "rope", "normalize", "no-conv"])
+@pytest.mark.parametrize("variant", ["hla2", "rope", "normalize", "no-conv", "hybrid"])
 def test_a_batch_of_different_lengths_equals_each_alone(variant):
     _, model = pair(**VARIANTS[variant])
 
@@ -269,9 +270,10 @@ def test_other_models_are_mlx_lms(tmp_path, tokenizer):
         utils.load_model(tmp_path, strict=False)
 
 
-def test_the_softmax_baseline_is_refused():
-    with pytest.raises(InputError, match="softmax baseline does not run under mlx-lm"):
-        Model(ModelArgs("hla", ModelConfig(**TINY, operator="softmax")))
+@pytest.mark.parametrize("mixers", [{"operator": "softmax"}, {"layers": ("hla2", "softmax")}], ids=str)
+def test_full_softmax_attention_is_refused(mixers):
+    with pytest.raises(InputError, match="full softmax attention does not run under mlx-lm"):
+        Model(ModelArgs("hla", ModelConfig(**TINY, **mixers)))
 
 
 NO_MLX_LM = """

@@ -57,9 +57,21 @@ def test_dtypes(good):
 
 
 def test_config_round_trip_and_hash():
-    config = ModelConfig(operator=4, num_kv_heads=2, rope_theta=500.0)
-    assert ModelConfig.from_dict(json.loads(config.to_json())) == config
-    assert hash(config) == hash(ModelConfig(operator=4, num_kv_heads=2, rope_theta=500.0))
+    for fields in ({"operator": 4, "rope_theta": 500.0}, {"layers": ("window", "ahla", "ahla"), "window": 9}):
+        config = ModelConfig(num_kv_heads=2, **fields)
+        assert ModelConfig.from_dict(json.loads(config.to_json())) == config
+        assert hash(config) == hash(ModelConfig(num_kv_heads=2, **fields))
+
+
+def test_layers_are_cycled_over_depth():
+    config = ModelConfig(num_layers=5, layers=("window", "ahla", "readout"))
+    assert config.mixers == ("window", "ahla", "readout", "window", "ahla")
+    assert config.mixer_name == "window+ahla+readout"
+    assert config.constant_state
+    assert ModelConfig(num_layers=2, operator=3).mixers == (3, 3)
+    assert not ModelConfig(layers=("ahla", "softmax")).constant_state
+    kinds = [type(layer.mixer).__name__ for layer in LanguageModel(config).layers]
+    assert kinds == ["WindowAttention", "HLAttention", "HLAttention", "WindowAttention", "HLAttention"]
 
 
 @pytest.mark.parametrize(
@@ -78,11 +90,18 @@ def test_config_round_trip_and_hash():
         ({"num_heads": 4, "num_kv_heads": 3}, "does not divide"),
         ({"head_dim": 7, "rope_theta": 100.0}, "even head_dim"),
         ({"operator": "hla9"}, "operator must be"),
+        ({"layers": "window"}, "layers must be tuple"),
+        ({"layers": []}, "layers must name 1 to num_layers=1 mixers, got 0"),
+        ({"layers": ["ahla"] * 3}, "layers must name 1 to num_layers=1 mixers, got 3"),
+        ({"num_layers": 2, "layers": ["ahla", "hla9"]}, "layers must be of softmax, window, first"),
+        ({"layers": ["ahla", 2]}, "layers must be tuple"),
+        ({"window": 0}, "window must be from 1"),
+        ({"layers": ["window"], "qk_norm": "l2"}, "softmax and window take qk_norm"),
         ({"operator": 1000}, "order must be"),
         ({"operator": ["hla2"]}, "operator must be str"),
         ({"decay": "none"}, "decay must be"),
         ({"qk_norm": "l3"}, "qk_norm must be"),
-        ({"operator": "softmax", "qk_norm": "l2"}, "takes qk_norm"),
+        ({"operator": "softmax", "qk_norm": "l2"}, "softmax and window take qk_norm"),
         ({"conv_size": 1}, "conv_size must be 0"),
         ({"norm_eps": 0}, "norm_eps"),
         ({"norm_eps": float("inf")}, "finite"),

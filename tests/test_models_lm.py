@@ -35,6 +35,8 @@ VARIANTS = {
     "softmax": {"operator": "softmax"},
     "hla2-gqa-rope-gate": {"num_kv_heads": 2, "rope_theta": 100.0, "output_gate": True},
     "hla2-fixed-noconv-l2": {"decay": "fixed", "conv_size": 0, "qk_norm": "l2"},
+    "hybrid": {"layers": ("window", "readout"), "window": 16, "output_gate": True},
+    "hybrid-full": {"layers": ("softmax", "ahla", "window"), "num_layers": 4, "num_kv_heads": 2},
     "softmax-gqa-plain": {"operator": "softmax", "num_kv_heads": 1, "conv_size": 0, "qk_norm": None},
 }
 
@@ -70,11 +72,11 @@ def test_key_value_cache_grows():
     cache = model.make_cache()
     for T in (1, 300, 1):
         model(some_tokens(1, T), cache)
-    assert cache[0].offset == 302
+    assert cache[0].length == 302
     assert cache[0].state[0].shape == (1, 4, 302, 8)
     again = KVCache()
     again.state = cache[0].state
-    assert (again.offset, again.nbytes) == (302, cache[0].nbytes)
+    assert (again.length, again.nbytes) == (302, cache[0].nbytes)
     assert not again.empty()
 
 
@@ -90,7 +92,7 @@ def test_one_token_runs_the_step_function(monkeypatch):
     model(some_tokens(1, 1), cache)
 
 
-@pytest.mark.parametrize("operator", ["hla2", "softmax"])
+@pytest.mark.parametrize("operator", ["hla2", "softmax", "window"])
 def test_packed_documents_do_not_see_each_other(operator):
     model = build(operator=operator)
     a, b = some_tokens(1, 20, 1), some_tokens(1, 13, 2)
@@ -100,7 +102,7 @@ def test_packed_documents_do_not_see_each_other(operator):
     assert mx.abs(packed[:, 20:] - model(b)).max().item() < 1e-4
 
 
-@pytest.mark.parametrize("operator", ["hla2", "softmax"])
+@pytest.mark.parametrize("operator", ["hla2", "softmax", "window"])
 def test_padding_changes_nothing(operator):
     model = build(operator=operator)
     tokens = some_tokens(2, 20)

@@ -5,12 +5,12 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map_with_path
-from nn_reference import assert_close, layer, parameters
+from nn_reference import SOFTMAX, assert_close, layer, make, parameters
 
-from mlx_hla.nn import DecayGate, HLAttention, ShortConv, fixed_decay, spread_memories
+from mlx_hla.nn import DecayGate, ShortConv, fixed_decay, spread_memories
 from mlx_hla.ops.operator import choices
 
-OPERATORS = [*choices(), 4]
+OPERATORS = [*choices(), 4, *SOFTMAX]
 OPTIONS = {
     "default": {},
     "gqa-rope-gated": {
@@ -29,13 +29,13 @@ OPTIONS = {
 def build(operator, options, dims=16, heads=4, seed=3):
     """A layer whose parameters have all left their starting values."""
     mx.random.seed(seed)
-    attention = HLAttention(dims, heads, operator=operator, **options)
+    attention = make(operator, options, dims, heads)
 
     def stir(path, p):
         return p + 0.3 * mx.random.normal(p.shape) if "weight" not in path or "norm" in path else p
 
     attention.update(tree_map_with_path(stir, attention.parameters()))
-    if attention.decay == "gate":
+    if "decay_gate" in attention:
         attention.decay_gate.weight = 0.3 * mx.random.normal(attention.decay_gate.weight.shape)
     return attention
 
@@ -59,9 +59,10 @@ def test_values_normalized(operator):
     assert np.quantile(error, 0.9) < 1e-4, f"90% of the errors should be below 1e-4, got {error}"
 
 
+@pytest.mark.parametrize("operator", ["hla2", *SOFTMAX])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["fp16", "bf16"])
-def test_values_half(dtype):
-    attention = build("hla2", {"rope": True, "num_kv_heads": 2, "output_gate": True})
+def test_values_half(dtype, operator):
+    attention = build(operator, {"rope": True, "num_kv_heads": 2, "output_gate": True})
     attention.set_dtype(dtype)
     x = mx.array(np.random.default_rng(2).normal(size=(1, 70, 16)).astype(np.float32)).astype(dtype)
     y = attention(x)
@@ -70,7 +71,7 @@ def test_values_half(dtype):
     assert_close("y", y.astype(mx.float32)[0], want, 1e-2 if dtype == mx.float16 else 6e-2)
 
 
-@pytest.mark.parametrize("operator", ["first", "hla2", "ahla", "hla3"])
+@pytest.mark.parametrize("operator", ["first", "hla2", "ahla", "hla3", *SOFTMAX])
 def test_gradients(operator):
     """Every parameter and the input, along random directions, against float64 differences."""
     options = {"num_kv_heads": 1, "rope": True, "output_gate": True, "conv_size": 3, "bias": True}

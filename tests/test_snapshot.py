@@ -40,10 +40,11 @@ def continuation(model, start, count=12, sampling=GREEDY):
     return [t for t, _ in generate_step(model, start, sampling=sampling, max_tokens=count)]
 
 
-@pytest.mark.parametrize("operator", ["first", "hla2", "readout", 4])
+@pytest.mark.parametrize("operator", ["first", "hla2", "readout", 4, "window", "window,ahla"])
 @pytest.mark.parametrize("rope", [None, 10000.0])
 def test_a_file_goes_on_where_the_prompt_ended(tmp_path, operator, rope):
-    model = build(operator=operator, rope_theta=rope)
+    mixers = {"layers": tuple(operator.split(","))} if "," in str(operator) else {"operator": operator}
+    model = build(**mixers, rope_theta=rope, window=20)
     prompt, more = ids(70), ids(9, 1)
     save_snapshot(tmp_path / "a", model, read(model, prompt))
     again = load_snapshot(tmp_path / "a", model)

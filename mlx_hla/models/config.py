@@ -11,8 +11,8 @@ from mlx_hla.errors import InputError
 from mlx_hla.ops.operator import MAX_ORDER, choices
 from mlx_hla.settings import check_types, from_dict, option, read_json
 
-# The operators that a config may name.
-OPERATORS = ("softmax", *choices())
+# The mixers that a config may name: two of softmax attention, and the operators.
+MIXERS = ("softmax", "window", *choices())
 # Largest value of each size, and of their products: a config is read from files that nobody vouches for.
 LIMITS = {
     "vocab_size": 1 << 20,
@@ -22,6 +22,7 @@ LIMITS = {
     "num_kv_heads": 512,
     "head_dim": 512,
     "hidden_dims": 1 << 18,
+    "window": 1 << 20,
     "conv_size": 64,
     "context": 1 << 24,
 }
@@ -32,8 +33,9 @@ MAX_PARAMETERS = 10**10
 class ModelConfig:
     """A decoder of pre-norm blocks, mixer and SwiGLU, with tied embeddings.
 
-    Everything from `decay` to `normalize` is for the HLA operators only, but for `conv_size`; with the
-    operator "softmax" the mixer is attention with rotary positions, `rope_theta` 10000 unless given.
+    `layers` is a pattern of mixers, cycled over depth: with ("window", "readout") blocks 0, 2, 4, ... have a
+    window. `decay`, `output_norm` and `normalize` are for the HLA operators only; "softmax" and "window"
+    have rotary positions, `rope_theta` 10000 unless given, the operators only if given.
     """
 
     vocab_size: int = option(4096, "tokens of the vocabulary")
@@ -43,7 +45,11 @@ class ModelConfig:
     num_kv_heads: int | None = option(None, "key-value heads; none: as many as query heads")
     head_dim: int | None = option(None, "width of a head; none: dims / num_heads")
     hidden_dims: int = option(704, "width inside SwiGLU")
-    operator: str | int = option("hla2", f"{', '.join(OPERATORS)}, or an order from 1")
+    operator: str | int = option("hla2", f"mixer of every block: {', '.join(MIXERS)}, or an order from 1")
+    layers: tuple[str, ...] | None = option(
+        None, "mixers by depth, cycled, as window,readout; none: the operator in every block"
+    )
+    window: int = option(128, "tokens that a window sees")
     conv_size: int = option(4, "width of the short convolution on q, k and v; 0: none")
     rope_theta: float | None = option(None, "base of rotary positions; none: without (softmax: 10000)")
     decay: str | None = option("gate", "gate (learned, per token and head), fixed (per head) or none")
@@ -61,18 +67,23 @@ class ModelConfig:
             least = 0 if name == "conv_size" else 1
             if value is not None and not least <= value <= most:
                 raise InputError(f"{name} must be from {least} to {most}, got {value}")
-        if isinstance(self.operator, str):
-            if self.operator not in OPERATORS:
-                known = ", ".join(OPERATORS)
-                raise InputError(f"operator must be {known} or an order, got {repr(self.operator)[:60]}")
-        elif not 1 <= self.operator <= MAX_ORDER:
+        for field, names in {"operator": (self.operator,), "layers": self.layers or ()}.items():
+            for name in names:
+                if isinstance(name, str) and name not in MIXERS:
+                    order = " or an order" if field == "operator" else ""
+                    raise InputError(f"{field} must be of {', '.join(MIXERS)}{order}, got {repr(name)[:60]}")
+        if self.layers is not None and not 1 <= len(self.layers) <= self.num_layers:
+            raise InputError(
+                f"layers must name 1 to num_layers={self.num_layers} mixers, got {len(self.layers)}"
+            )
+        if isinstance(self.operator, int) and not 1 <= self.operator <= MAX_ORDER:
             raise InputError(f"an operator's order must be from 1 to {MAX_ORDER}, got {self.operator}")
         for name, allowed in {"decay": ("gate", "fixed", None), "qk_norm": ("rms", "l2", None)}.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise InputError(f"{name} must be {', '.join(map(str, allowed))}, got {repr(value)[:60]}")
-        if self.operator == "softmax" and self.qk_norm == "l2":
-            raise InputError("the softmax operator takes qk_norm rms or None, got l2")
+        if self.looks_back and self.qk_norm == "l2":
+            raise InputError("softmax and window take qk_norm rms or None, got l2")
         if self.conv_size == 1:
             raise InputError("conv_size must be 0 (none) or at least 2, got 1")
         if self.head_dim is None and self.dims % self.num_heads:
@@ -97,8 +108,29 @@ class ModelConfig:
         return self.head_dim or self.dims // self.num_heads
 
     @property
+    def mixers(self) -> tuple[str | int, ...]:
+        """The mixer of each block."""
+        pattern = self.layers or (self.operator,)
+        return tuple(pattern[i % len(pattern)] for i in range(self.num_layers))
+
+    @property
+    def mixer_name(self) -> str:
+        """The mixers in a word or two."""
+        return "+".join(map(str, self.layers or (self.operator,)))
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a mixer is softmax attention, over all that was read or a window of it."""
+        return not {"softmax", "window"}.isdisjoint(self.mixers)
+
+    @property
+    def constant_state(self) -> bool:
+        """Whether the state has a size that does not grow with what is read."""
+        return "softmax" not in self.mixers
+
+    @property
     def rotates(self) -> bool:
-        return self.operator == "softmax" or self.rope_theta is not None
+        return self.looks_back or self.rope_theta is not None
 
     @property
     def matrix_parameters(self) -> int:

@@ -1,6 +1,6 @@
 """The language model: pre-norm blocks of a mixer and SwiGLU between tied embeddings.
 
-x = x + mixer(norm(x))        HLAttention, or softmax attention as the baseline
+x = x + mixer(norm(x))        HLAttention, WindowAttention or SoftmaxAttention, by depth
 x = x + W_down(silu(W_gate norm(x)) ⊙ W_up norm(x))
 logits = norm(x) Eᵀ
 """
@@ -19,32 +19,34 @@ from mlx_hla.errors import InputError
 from mlx_hla.losses import lent
 from mlx_hla.models.config import ModelConfig
 from mlx_hla.models.quantization import parameter_counts
-from mlx_hla.models.softmax import SoftmaxAttention
-from mlx_hla.nn import HLAttention
+from mlx_hla.nn import HLAttention, SoftmaxAttention, WindowAttention
+from mlx_hla.nn.mixer import Mixer
 from mlx_hla.settings import check_number, check_whole
 from mlx_hla.trees import flat
 
 # B batch, T time, V vocabulary
 
 
-def make_mixer(config: ModelConfig) -> nn.Module:
+def make_mixer(config: ModelConfig, kind: str | int) -> Mixer:
     shared: dict[str, Any] = {
         "num_kv_heads": config.kv_heads,
         "head_dim": config.key_dim,
         "qk_norm": config.qk_norm,
         "conv_size": config.conv_size,
+        "output_gate": config.output_gate,
     }
-    if config.operator == "softmax":
-        rope = config.rope_theta or 10000.0
+    rope = config.rope_theta or 10000.0
+    if kind == "softmax":
         return SoftmaxAttention(config.dims, config.num_heads, rope=rope, **shared)
+    if kind == "window":
+        return WindowAttention(config.dims, config.num_heads, rope=rope, window=config.window, **shared)
     return HLAttention(
         config.dims,
         config.num_heads,
-        operator=config.operator,
+        operator=kind,
         decay=config.decay,
         rope=config.rope_theta,
         output_norm=config.output_norm,
-        output_gate=config.output_gate,
         normalize=config.normalize,
         **shared,
     )
@@ -62,10 +64,10 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, kind: str | int):
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.dims, eps=config.norm_eps)
-        self.mixer = make_mixer(config)
+        self.mixer = make_mixer(config, kind)
         self.mlp_norm = nn.RMSNorm(config.dims, eps=config.norm_eps)
         self.mlp = SwiGLU(config.dims, config.hidden_dims)
 
@@ -121,7 +123,7 @@ class LanguageModel(nn.Module):
         check_whole("seed", seed, 0, 2**64 - 1)
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dims)
-        self.layers = [Block(config) for _ in range(config.num_layers)]
+        self.layers = [Block(config, kind) for kind in config.mixers]
         self.norm = nn.RMSNorm(config.dims, eps=config.norm_eps)
         init_weights(self, seed)
 

@@ -5,7 +5,7 @@ that mlx-lm runs under its `--trust-remote-code`, and the tokenizer in the forma
 
 `load` takes folders that mlx-lm wrote: `convert` and `fuse` drop `tokenizer.model` and add the keys
 `quantization` and `quantization_config`. All other keys are refused, and `hla.py` is compared, never run.
-The softmax baseline stays what it is, a model of this package only.
+A model with full softmax attention in it stays what it is, one of this package only.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MAX_TOKENIZER_BYTES = 32 * 2**20
 
 def entries(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """The keys to add to config.json."""
-    if config.operator == "softmax":
+    if not config.constant_state:
         return {}
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     return {"model_type": MODEL_TYPE, "model_file": MODEL_FILE, **ids}
@@ -46,7 +46,7 @@ def entries(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def files(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, bytes]:
     """The files to add by their names; without a tokenizer where transformers has none with its tokens."""
-    if config.operator == "softmax":
+    if not config.constant_state:
         return {}
     out = {MODEL_FILE: SOURCE}
     if (content := tokenizer_json(tokenizer.proto)) is not None:

@@ -20,7 +20,7 @@ from mlx_hla.errors import InputError
 from mlx_hla.files import as_path, write_atomic
 from mlx_hla.models.io import load_tensors
 from mlx_hla.models.lm import LanguageModel
-from mlx_hla.nn.cache import KVCache, arrays, fill
+from mlx_hla.nn.cache import arrays, fill
 from mlx_hla.settings import parse_json
 from mlx_hla.trees import cast, flat
 
@@ -130,5 +130,5 @@ def _fixed(tokens: mx.array) -> mx.array:
 def _check_constant(model: LanguageModel, path: Path) -> None:
     if not isinstance(model, LanguageModel):
         raise InputError(f"a state belongs to a LanguageModel, got {type(model).__name__}")
-    if any(isinstance(c, KVCache) for c in model.make_cache()):
+    if not model.config.constant_state:
         raise InputError(f"{path}: softmax attention keeps every token: only constant states are saved")

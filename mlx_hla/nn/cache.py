@@ -21,12 +21,19 @@ class Cache:
     """What every cache has in common."""
 
     state: Any
+    conv: mx.array | None
+    # Whether the arrays of `state` keep their number and shapes from the first token on.
+    constant = True
 
     @classmethod
     def from_state(cls, state: Any):
         cache = cls()
         cache.state = state
         return cache
+
+    def assign(self, other: Cache) -> None:
+        """Hold what the other one holds."""
+        vars(self).update(vars(other))
 
     @property
     def nbytes(self) -> int:
@@ -44,11 +51,12 @@ class Cache:
 
 
 class HLACache(Cache):
-    """Carried state of one `HLAttention`: a constant number of bytes, whatever was read before.
+    """Carried state of one mixer of constant state: so many bytes, whatever was read before.
 
-    memory: the operator's state (a NamedTuple of float32 arrays), or None before the first token.
+    memory: the operator's state (a NamedTuple of float32 arrays) or the window's (`WindowState`), or None
+        before the first token.
     conv: the last `conv_size - 1` inputs of the short convolution, [B, conv_size - 1, C], or None.
-    offset: tokens read per row, int32 [B]; kept only by layers that rotate (`rope`), else None.
+    offset: tokens read per row, int32 [B]; kept only by an `HLAttention` that rotates (`rope`), else None.
 
     mlx-lm's `generate_step` takes it, and `save_prompt_cache` saves it; `load_prompt_cache` looks a cache's
     class up in its own module, so set `mlx_lm.models.cache.HLACache = HLACache` before it.
@@ -66,7 +74,7 @@ class HLACache(Cache):
     @state.setter
     def state(self, value: Any) -> None:
         # A tree that was saved and loaded holds lists for the operator's NamedTuple: the layer restores it.
-        self.memory, self.conv, self.offset = _triple("HLACache", "memory, conv, offset", value)
+        self.memory, self.conv, self.offset = _parts("HLACache", "memory, conv, offset", value)
 
     def empty(self) -> bool:
         return self.memory is None
@@ -79,43 +87,51 @@ class HLACache(Cache):
 class KVCache(Cache):
     """Keys and values of everything read so far, for softmax attention, and the convolution's last inputs.
 
-    The buffers grow by `BUFFER_STEP` tokens at a time; only the first `offset` of them are real.
+    The buffers grow by `BUFFER_STEP` tokens at a time; only the first `length` of them are filled.
+    seen: which of these are real tokens of the row's last segment, bool [B, length]; None: all.
+    offset: real tokens read per row, int32 [B]; None: `length` of them.
     """
+
+    constant = False
 
     def __init__(self) -> None:
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
         self.conv: mx.array | None = None
-        self.offset = 0
+        self.seen: mx.array | None = None
+        self.offset: mx.array | None = None
+        self.length = 0
 
     def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Add keys and values [B, H, T, D]; returns all of them."""
-        end = self.offset + keys.shape[2]
-        self.keys = _written(self.keys, keys, self.offset)
-        self.values = _written(self.values, values, self.offset)
-        self.offset = end
+        end = self.length + keys.shape[2]
+        self.keys = _written(self.keys, keys, self.length)
+        self.values = _written(self.values, values, self.length)
+        self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     @property
     def state(self) -> Any:
         if self.keys is None or self.values is None:
-            return None, None, self.conv
-        return self.keys[:, :, : self.offset], self.values[:, :, : self.offset], self.conv
+            return None, None, self.conv, self.seen, self.offset
+        filled = (a[:, :, : self.length] for a in (self.keys, self.values))
+        return *filled, self.conv, self.seen, self.offset
 
     @state.setter
     def state(self, value: Any) -> None:
-        self.keys, self.values, self.conv = _triple("KVCache", "keys, values, conv", value)
-        self.offset = 0 if self.keys is None else self.keys.shape[2]
+        names = "keys, values, conv, seen, offset"
+        self.keys, self.values, self.conv, self.seen, self.offset = _parts("KVCache", names, value)
+        self.length = 0 if self.keys is None else self.keys.shape[2]
 
     def empty(self) -> bool:
         return self.keys is None
 
     def size(self) -> int:
-        return self.offset
+        return self.length
 
 
-def _triple(who: str, names: str, state: Any) -> Any:
-    if not isinstance(state, tuple | list) or len(state) != 3:
+def _parts(who: str, names: str, state: Any) -> Any:
+    if not isinstance(state, tuple | list) or len(state) != names.count(",") + 1:
         got = f"{len(state)} entries" if isinstance(state, tuple | list) else type(state).__name__
         raise ValueError(f"[{who}] state must be ({names}), got {got}")
     return state

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx_hla.settings import check_whole
 
 from .inputs import check_array, check_input
+from .padding import runs_of
 
 
 class ShortConv(nn.Module):
@@ -66,7 +67,7 @@ class ShortConv(nn.Module):
             got = state.shape if isinstance(state, mx.array) else type(state).__name__
             raise ValueError(f"[ShortConv] state must be {(B, carry, C)}, got {got}")
         padded = mx.concatenate([state.astype(x.dtype), x], axis=1)
-        runs = None if segment_ids is None else _runs(segment_ids, carry)
+        runs = None if segment_ids is None else runs_of(segment_ids, carry)
 
         weight = self.weight.astype(x.dtype)
         y = mx.array(0, x.dtype)
@@ -93,10 +94,3 @@ class ShortConv(nn.Module):
             tail = mx.where((run == run[:, -1:])[..., None], tail, 0)
         # A slice would keep the whole prompt's activations alive as long as the cache lives.
         return mx.contiguous(tail)
-
-
-def _runs(segment_ids, carry):
-    """Number the runs of equal ids along T; the carried state belongs to run 0, as the first token does."""
-    first = mx.zeros((segment_ids.shape[0], carry + 1), mx.int32)
-    change = (segment_ids[:, 1:] != segment_ids[:, :-1]).astype(mx.int32)
-    return mx.cumsum(mx.concatenate([first, change], axis=1), axis=1)

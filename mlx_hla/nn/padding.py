@@ -2,7 +2,7 @@
 
 A masked token does not exist. Left padding, right padding and holes all mean the same: the real tokens of a
 row are neighbours in the convolution, in the rotation's positions and in the recurrence, and what the row
-leaves in a cache is what the real tokens alone would leave.
+leaves in a cache is what the real tokens alone would leave. And the borders of packed documents, `runs_of`.
 """
 
 # B batch, T time
@@ -41,3 +41,11 @@ def packing(mask: mx.array) -> Packing:
     seen = mx.cumsum(mask.astype(mx.int32), axis=1)
     rank = mx.where(mask, seen - 1, lengths[:, None] + position - seen)
     return Packing(mask, order, rank, lengths, position < lengths[:, None])
+
+
+def runs_of(segment_ids: mx.array, carry: int) -> mx.array:
+    """Number the runs of equal ids along T, [B, carry + T]: what is carried belongs to run 0, as the first
+    token does."""
+    first = mx.zeros((segment_ids.shape[0], carry + 1), mx.int32)
+    change = (segment_ids[:, 1:] != segment_ids[:, :-1]).astype(mx.int32)
+    return mx.cumsum(mx.concatenate([first, change], axis=1), axis=1)

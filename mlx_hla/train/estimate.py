@@ -15,8 +15,9 @@ from mlx_hla.train.presets import TrainConfig
 # Float32 numbers a parameter: the weights and those before them, two moments, the gradient, a cast.
 _A_PARAMETER = 6
 # Numbers kept for the backward pass, by a token: per logit; per layer and channel of the residual stream and
-# of the heads; per layer and channel of the MLP. Measured as peaks of steps on a CPU.
-_A_LOGIT, _A_CHANNEL, _A_HIDDEN = 3.6, 22, 4.5
+# of the heads; per layer and channel of the MLP; per head and key that softmax or a window sees. Measured as
+# peaks of steps on a CPU.
+_A_LOGIT, _A_CHANNEL, _A_HIDDEN, _A_SCORE = 3.6, 22, 4.5, 3.0
 
 
 def step_bytes(config: ModelConfig, settings: TrainConfig) -> float:
@@ -24,7 +25,10 @@ def step_bytes(config: ModelConfig, settings: TrainConfig) -> float:
     width = 4 if compute_dtype(settings.dtype) == mx.float32 else 3  # what is summed is float32 in either
     channels = config.dims + config.num_heads * config.key_dim
     layer = width * (_A_CHANNEL * channels + _A_HIDDEN * config.hidden_dims)
-    token = 4 * _A_LOGIT * config.vocab_size + config.num_layers * layer
+    # A block of a window sees itself and the block before.
+    seen = {"softmax": config.context, "window": min(config.context, 2 * config.window)}
+    scores = sum(seen.get(str(mixer), 0) for mixer in config.mixers) * config.num_heads
+    token = 4 * _A_LOGIT * config.vocab_size + config.num_layers * layer + width * _A_SCORE * scores
     tokens = settings.batch_size * config.context
     return 4 * _A_PARAMETER * config.matrix_parameters + tokens * (token + 8 * settings.accumulate)
 

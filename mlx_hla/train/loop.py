@@ -141,7 +141,7 @@ def _run(run: Checkpoint, corpus: data.Corpus) -> Result:
         out, start=run.step, steps=settings.steps, tokens_per_step=per_step, log_every=settings.log_every
     )
     report.say(
-        f"{model.config.operator} model of {model.num_parameters:,} parameters; {len(stream):,} tokens of "
+        f"{model.config.mixer_name} model of {model.num_parameters:,} parameters; {len(stream):,} tokens of "
         f"{sizes[stream].mean():.2f} bytes; steps of {per_step:,} tokens; {mx.default_device()}; "
         f"{memory(model.config, settings)}"
     )
@@ -162,7 +162,7 @@ def _run(run: Checkpoint, corpus: data.Corpus) -> Result:
             course = Course(run, batches, scorer, report, stop)
             course.take()
         step, valid = course.step, course.valid
-        title = f"{model.config.operator}, {model.num_parameters / 1e6:.1f} M parameters"
+        title = f"{model.config.mixer_name}, {model.num_parameters / 1e6:.1f} M parameters"
         if not course.finished:
             report.say(f"stopped after step {step}; go on with: mlx-hla train --resume --out {out}")
             return Result(False, step, valid, out)
