@@ -15,7 +15,7 @@ What mlx-lm then does is mlx-lm's. What to know of it:
   but not trimmed: speculative decoding refuses it, and a prompt that leaves what a server has read starts
   afresh. `generate --prompt-cache-file` begins its prompt with <s>, in the middle of a text too.
 - `lora` wants 16 layers by default: `--num-layers -1` takes all. A learning rate of 2e-4 is a good start.
-- `convert --dtype` spares the decay gate, whose small weights decide what is remembered; so does `-q`.
+- `convert --dtype` spares the gates, whose small weights decide what is remembered; so does `-q`.
 - A module whose input width is no multiple of the group size is left out of quantisation.
 - The detokenizer writes a space for U+2581, as it does for any SentencePiece model.
 - `convert` and `fuse` leave tokenizer.model behind; `load` makes it again from tokenizer.json.
@@ -100,12 +100,12 @@ class Model(LanguageModel):
     @property
     def cast_predicate(self) -> Callable[[str], bool]:
         """Which parameters `convert --dtype` may cast."""
-        return lambda path: "decay_gate" not in path
+        return lambda path: "_gate." not in path
 
     @property
     def quant_predicate(self) -> Callable[[str, nn.Module], bool]:
-        """Which modules may be quantised, of those that can be: the decay gate, if it ever can, may not."""
-        return lambda path, module: "decay_gate" not in path
+        """Which modules may be quantised, of those that can be: the gates, if they ever can, may not."""
+        return lambda path, module: not path.endswith("_gate")
 
 
 class _Config(PretrainedConfig):

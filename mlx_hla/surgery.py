@@ -247,7 +247,7 @@ def _mix(model: Any) -> None:
 
     def cast_predicate(self: Any) -> Callable[[str], bool]:
         own = stock.cast_predicate.fget(self) if hasattr(stock, "cast_predicate") else lambda path: True
-        return lambda path: "decay_gate" not in path and own(path)
+        return lambda path: "_gate." not in path and own(path)
 
     # Python looks a call up in the class. A class of this model's own leaves other models alone.
     members = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}

@@ -61,7 +61,7 @@ def _look_back(attention, q, k, v):
     return weights / weights.sum(-1, keepdims=True) @ v
 
 
-def _operate(attention, q, k, v, g):
+def _operate(attention, q, k, v, g, step=None):
     """One head: q, k [T, D] with the scale in q, v [T, Dv], g [T], by the operator's float64 recurrence."""
     if not isinstance(attention, HLAttention):
         return _look_back(attention, q, k, v)
@@ -71,6 +71,9 @@ def _operate(attention, q, k, v, g):
     own = {}
     if operator.name == "readout" and attention.qk_norm:  # normalised keys have the length √D, or here 1
         own["beta"] = -1.0 if attention.qk_norm == "l2" else -1.0 / attention.head_dim
+    if step is not None:  # [T]: of readout a factor, of mixed over the decayed count 1 / (1 − g) too
+        step = step[None, :, None]
+        own["beta"] = own.get("beta", -1.0) * step if operator.name == "readout" else step * (1 - g)
     return serial(q, k, v, decay=g, **operator.selected, **own)[0][0, :, 0]
 
 
@@ -115,10 +118,14 @@ def layer(attention, x, weights=None):
         g = np.broadcast_to(np.exp(-1 / memory), (T, Hkv))
     else:
         g = np.ones((T, Hkv))
+    steps = None
+    if "step_gate" in a:
+        steps = 2 / (1 + np.exp(-(x @ w["step_gate.weight"].T + w["step_gate.bias"])))
     o = np.zeros((T, Hq, Dv))
     for h in range(Hq):
         j = h * Hkv // Hq
-        o[:, h] = _operate(a, scale * q[:, h], k[:, j], v[:, j], g[:, j])
+        step = None if steps is None else steps[:, h]
+        o[:, h] = _operate(a, scale * q[:, h], k[:, j], v[:, j], g[:, j], step)
         if getattr(a, "normalize", False):
             o[:, h] /= _operate(a, scale * q[:, h], k[:, j], np.ones((T, 1)), g[:, j]) + 1e-6
     if "out_norm" in a:

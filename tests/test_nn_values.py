@@ -35,8 +35,9 @@ def build(operator, options, dims=16, heads=4, seed=3):
         return p + 0.3 * mx.random.normal(p.shape) if "weight" not in path or "norm" in path else p
 
     attention.update(tree_map_with_path(stir, attention.parameters()))
-    if "decay_gate" in attention:
-        attention.decay_gate.weight = 0.3 * mx.random.normal(attention.decay_gate.weight.shape)
+    for gate in ("decay_gate", "step_gate"):
+        if gate in attention:
+            attention[gate].weight = 0.3 * mx.random.normal(attention[gate].weight.shape)
     return attention
 
 
@@ -47,6 +48,36 @@ def test_values(operator, options):
     x = np.random.default_rng(0).normal(size=(2, 70, 16)).astype(np.float32)
     want = np.stack([layer(attention, row) for row in x])
     assert_close("y", attention(mx.array(x)), want, 5e-5)
+
+
+LEARNED = {
+    "readout": {"num_kv_heads": 2, "output_gate": True},
+    "mixed": {"num_kv_heads": 2, "value_dim": 6, "output_norm": False},
+    "readout-l2": {"qk_norm": "l2", "rope": True, "decay": None},
+    "mixed-fixed": {"decay": "fixed", "output_norm": False},
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_learned_coefficients(name):
+    attention = build(name.split("-")[0], {"coefficients": "learned", **LEARNED[name]})
+    x = np.random.default_rng(5).normal(size=(2, 70, 16)).astype(np.float32)
+    want = np.stack([layer(attention, row) for row in x])
+    # q − β S q / n can nearly vanish before the norm of the output.
+    error = np.abs(np.asarray(attention(mx.array(x))) - want) / (1 + np.abs(want))
+    assert np.quantile(error, 0.98) < 5e-5, error.max()
+    cache = attention.make_cache()
+    pieces = [attention(mx.array(x[:, a:b]), cache=cache) for a, b in ((0, 60), (60, 68), (68, 69), (69, 70))]
+    assert_close("decoded", mx.concatenate(pieces, axis=1), attention(mx.array(x)), 1e-3)
+
+
+def test_learned_coefficients_start_at_the_operators_own():
+    x = mx.random.normal((1, 30, 16), key=mx.random.key(0))
+    outputs = []
+    for coefficients in (None, "learned"):
+        mx.random.seed(0)
+        outputs.append(make("readout", {"coefficients": coefficients}, 16, 4)(x))
+    assert_close("y", *outputs, 1e-5)
 
 
 @pytest.mark.parametrize("operator", ["first", "hla2", "ahla"], ids=str)
@@ -71,10 +102,12 @@ def test_values_half(dtype, operator):
     assert_close("y", y.astype(mx.float32)[0], want, 1e-2 if dtype == mx.float16 else 6e-2)
 
 
-@pytest.mark.parametrize("operator", ["first", "hla2", "ahla", "hla3", *SOFTMAX])
+@pytest.mark.parametrize("operator", ["first", "hla2", "ahla", "hla3", "readout", "mixed", *SOFTMAX])
 def test_gradients(operator):
     """Every parameter and the input, along random directions, against float64 differences."""
     options = {"num_kv_heads": 1, "rope": True, "output_gate": True, "conv_size": 3, "bias": True}
+    if operator in ("readout", "mixed"):
+        options["coefficients"] = "learned"
     attention = build(operator, {"head_dim": 4, **options}, dims=6, heads=2)
     rng = np.random.default_rng(4)
     x = rng.normal(size=(9, 6)).astype(np.float32)

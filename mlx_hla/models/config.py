@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_hla.errors import InputError
-from mlx_hla.ops.operator import MAX_ORDER, choices
+from mlx_hla.ops.operator import MAX_ORDER, OPERATORS, choices
 from mlx_hla.settings import check_types, from_dict, option, read_json
 
 # The mixers that a config may name: two of softmax attention, and the operators.
@@ -29,13 +29,19 @@ LIMITS = {
 MAX_PARAMETERS = 10**10
 
 
+def learns(mixer: str | int) -> bool:
+    """Whether the mixer is an operator with a coefficient that a layer can learn."""
+    operator = OPERATORS.get(str(mixer))
+    return operator is not None and any(o.learned for o in operator.options)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder of pre-norm blocks, mixer and SwiGLU, with tied embeddings.
 
     `layers` is a pattern of mixers, cycled over depth: with ("window", "readout") blocks 0, 2, 4, ... have a
-    window. `decay`, `output_norm` and `normalize` are for the HLA operators only; "softmax" and "window"
-    have rotary positions, `rope_theta` 10000 unless given, the operators only if given.
+    window. `coefficients`, `decay`, `output_norm` and `normalize` are for the HLA operators only. Softmax and
+    windows have rotary positions, `rope_theta` 10000 unless given, the operators only if given.
     """
 
     vocab_size: int = option(4096, "tokens of the vocabulary")
@@ -52,6 +58,9 @@ class ModelConfig:
     window: int = option(128, "tokens that a window sees")
     conv_size: int = option(4, "width of the short convolution on q, k and v; 0: none")
     rope_theta: float | None = option(None, "base of rotary positions; none: without (softmax: 10000)")
+    coefficients: str | None = option(
+        None, "of mixed and readout: learned (per token and head), or none: the operator's own"
+    )
     decay: str | None = option("gate", "gate (learned, per token and head), fixed (per head) or none")
     qk_norm: str | None = option("rms", "normalisation of q and k: rms, l2 or none")
     output_norm: bool = option(True, "normalise each head's output")
@@ -78,6 +87,10 @@ class ModelConfig:
             )
         if isinstance(self.operator, int) and not 1 <= self.operator <= MAX_ORDER:
             raise InputError(f"an operator's order must be from 1 to {MAX_ORDER}, got {self.operator}")
+        if self.coefficients not in (None, "learned"):
+            raise InputError(f"coefficients must be learned or none, got {repr(self.coefficients)[:60]}")
+        if self.coefficients and not any(map(learns, self.mixers)):
+            raise InputError(f"coefficients are learned of mixed and readout, not of {self.mixer_name}")
         for name, allowed in {"decay": ("gate", "fixed", None), "qk_norm": ("rms", "l2", None)}.items():
             value = getattr(self, name)
             if value not in allowed:

@@ -17,7 +17,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_hla.errors import InputError
 from mlx_hla.losses import lent
-from mlx_hla.models.config import ModelConfig
+from mlx_hla.models.config import ModelConfig, learns
 from mlx_hla.models.quantization import parameter_counts
 from mlx_hla.nn import HLAttention, SoftmaxAttention, WindowAttention
 from mlx_hla.nn.mixer import Mixer
@@ -44,6 +44,7 @@ def make_mixer(config: ModelConfig, kind: str | int) -> Mixer:
         config.dims,
         config.num_heads,
         operator=kind,
+        coefficients=config.coefficients if learns(kind) else None,
         decay=config.decay,
         rope=config.rope_theta,
         output_norm=config.output_norm,
@@ -211,7 +212,11 @@ INIT_TABLE: list[tuple[str, str, Rule]] = [
     ),
     (r".*_proj\.weight", "normal, 1/√fan_in", _normal(lambda w, c: w.shape[-1] ** -0.5)),
     (r".*\.conv\.weight", "uniform in ±1/√width", _uniform),
-    (r".*decay_gate\.(weight|bias)", "as the layer has it: 0, memories of 8 to 512", lambda w, k, c: w),
+    (
+        r".*(decay|step)_gate\.(weight|bias)",
+        "as the layer has it: 0; decay's bias: memories of 8 to 512",
+        lambda w, k, c: w,
+    ),
     (r"(.*\.)?\w*norm\.weight", "1", lambda w, k, c: mx.ones(w.shape)),
 ]
 

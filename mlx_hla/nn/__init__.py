@@ -4,7 +4,7 @@ from .adapter import SelfAttentionAdapter
 from .attention import HLAttention
 from .cache import HLACache, KVCache
 from .conv import ShortConv
-from .gate import DecayGate, fixed_decay, spread_memories
+from .gate import DecayGate, StepGate, fixed_decay, spread_memories
 from .softmax import SoftmaxAttention
 from .window import WindowAttention, WindowState
 
@@ -16,6 +16,7 @@ __all__ = [
     "SelfAttentionAdapter",
     "ShortConv",
     "SoftmaxAttention",
+    "StepGate",
     "WindowAttention",
     "WindowState",
     "fixed_decay",

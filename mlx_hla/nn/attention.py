@@ -25,7 +25,7 @@ Without the output norm, o is as large as it is.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,7 +35,7 @@ from mlx_hla.ops.operator import Operator
 from mlx_hla.ops.order import operator_of
 
 from .cache import HLACache
-from .gate import DecayGate, fixed_decay
+from .gate import DecayGate, StepGate, fixed_decay
 from .inputs import check_array
 from .mixer import Mixer
 
@@ -51,8 +51,9 @@ class HLAttention(Mixer):
         num_kv_heads: key-value heads Hkv, dividing Hq; default Hq.
         head_dim: key dim D; default dims // num_heads.
         value_dim: value dim Dv; default D.
-        operator: "first", "hla2", "ahla", "hla3", "mixed" or "readout" (these two with their default
-            coefficients), or an order n ≥ 1.
+        operator: "first", "hla2", "ahla", "hla3", "mixed" or "readout", or an order n ≥ 1.
+        coefficients: None, the operator's own; or "learned", of mixed and readout: β per token and query
+            head, from 0 to twice its default, where it starts (mixed: over the decayed count of tokens).
         decay: "gate" (learned, per token and key-value head), "fixed" (constant per key-value head, not
             trained and not saved), both starting at memories of 8 to 512 tokens, or None.
         qk_norm: "rms" (with learned gains), "l2" (unit vectors), or None.
@@ -77,6 +78,7 @@ class HLAttention(Mixer):
         head_dim: int | None = None,
         value_dim: int | None = None,
         operator: str | int = "hla2",
+        coefficients: str | None = None,
         decay: str | None = "gate",
         qk_norm: str | None = "rms",
         conv_size: int | None = 4,
@@ -99,6 +101,7 @@ class HLAttention(Mixer):
             output_gate=output_gate,
             bias=bias,
         )
+        self._check_choice("coefficients", coefficients, ("learned", None))
         self._check_choice("decay", decay, ("gate", "fixed", None))
         self._check_choice("backend", backend, (None, "mlx", "metal"))
         for name, flag in {"output_norm": output_norm, "normalize": normalize}.items():
@@ -110,7 +113,14 @@ class HLAttention(Mixer):
         # Normalised keys have the length √D; an option whose default is made for unit keys follows.
         length = D**0.5 if qk_norm else 1.0
         options = self._operator.options
-        self._own = {o.name: o.default * length**o.key_degree for o in options if o.key_degree}
+        self._own = {o.name: o.default * length**o.key_degree for o in options if o.key_degree or o.learned}
+        self._learned = None
+        if coefficients == "learned":
+            self._learned = next((o for o in options if o.learned), None)
+            if self._learned is None:
+                raise ValueError(f"[HLAttention] coefficients must be None: {operator!r} has none to learn")
+            if self._learned.learned == "sum" and decay is None:
+                raise ValueError(f"[HLAttention] to learn coefficients of {operator!r} takes a decay")
         self._out_eps = _OUT_EPS
         degree = self._operator.degree
         if output_norm and degree and not normalize:  # a ratio is in range by itself
@@ -124,9 +134,12 @@ class HLAttention(Mixer):
 
         out_norm    1
         decay_gate  weight 0; bias: memories of 8 to 512 tokens, even in log over the heads
+        step_gate   0: the operator's own coefficients
         """
         if output_norm:
             self.out_norm = nn.RMSNorm(self.value_dim, eps=self._out_eps)
+        if self._learned is not None:
+            self.step_gate = StepGate(self.dims, self.num_heads)
         if self.decay == "gate":
             self.decay_gate = DecayGate(self.dims, self.num_kv_heads)
         elif self.decay == "fixed":
@@ -145,7 +158,8 @@ class HLAttention(Mixer):
         return (
             f"{self.dims}, heads={self.num_heads}/{self.num_kv_heads}, head_dim={self.head_dim}, "
             f"value_dim={self.value_dim}, operator={self.operator!r}, decay={self.decay!r}, "
-            f"qk_norm={self.qk_norm!r}, rope={self.rope}, output_gate={self.output_gate!r}"
+            f"qk_norm={self.qk_norm!r}, rope={self.rope}, output_gate={self.output_gate!r}, "
+            f"coefficients={'learned' if self._learned else None!r}"
         )
 
     def make_cache(self) -> HLACache:
@@ -156,8 +170,9 @@ class HLAttention(Mixer):
         if self.rope is not None:
             q, k = (a.astype(v.dtype) for a in self._rotate(q, k, lengths, carried))
         decay = self._decay_of(x)
+        own = self._coefficients(x, decay)
         memory = self._operator.restore(carried.memory)
-        options: dict[str, Any] = {
+        options = {
             "scale": self.scale,
             "normalize": self.normalize,
             "backend": self.backend,
@@ -165,12 +180,13 @@ class HLAttention(Mixer):
         # A segment border takes two tokens of one call, so a single token has none.
         if q.shape[1] == 1 and lengths is None:
             decay = decay[:, 0] if self.decay == "gate" else decay
+            own = {name: a[:, 0] if isinstance(a, mx.array) else a for name, a in own.items()}
             token = (x[:, 0] for x in (q, k, v))
-            o, carried.memory = run.step(self._operator, *token, memory, self._own, decay=decay, **options)
+            o, carried.memory = run.step(self._operator, *token, memory, own, decay=decay, **options)
             return o[:, None]
         mask = None if lengths is None else mx.arange(q.shape[1]) < lengths[:, None]
         options |= {"mask": mask, "segment_ids": segment_ids}
-        o, carried.memory = run.sequence(self._operator, q, k, v, memory, self._own, decay=decay, **options)
+        o, carried.memory = run.sequence(self._operator, q, k, v, memory, own, decay=decay, **options)
         return o
 
     def _rotate(self, q, k, lengths, carried):
@@ -187,6 +203,15 @@ class HLAttention(Mixer):
             return self._rotated(a.transpose(0, 2, 1, 3), offset).transpose(0, 2, 1, 3)
 
         return rotate(q), rotate(k)
+
+    def _coefficients(self, x, decay):
+        """The operator's own options: numbers, and what is learned as [B, T, Hq]."""
+        if self._learned is None:
+            return self._own
+        step = self._own[self._learned.name] * self.step_gate(x)
+        if self._learned.learned == "sum":
+            step = step * mx.repeat(1 - decay, self.num_heads // self.num_kv_heads, axis=-1)
+        return {**self._own, self._learned.name: step}
 
     def _decay_of(self, x):
         if self.decay == "gate":

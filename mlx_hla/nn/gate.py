@@ -1,4 +1,4 @@
-"""Decay of the memories: learned per token, or fixed per head.
+"""Gates per token and head: the decay of the memories, learned or fixed, and steps of learned length.
 
 A memory of M tokens means g = exp(-1/M): what a token left fades to 1/e in M tokens. Heads start, or stay, at
 memories spread evenly in log M, so that some follow the last words and some the page.
@@ -66,7 +66,33 @@ class DecayGate(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [B, T, dims] to decay [B, T, H], float32."""
-        check_input("DecayGate", x, self.weight.shape[1])
-        logits = x.astype(mx.float32) @ self.weight.astype(mx.float32).T + self.bias.astype(mx.float32)
+        logits = _logits(self, x)
         # exp(-softplus(z)) = 1 / (1 + e^z): the sigmoid has no overflow and no 0 * inf in its gradient.
         return mx.sigmoid(-logits)
+
+
+class StepGate(nn.Module):
+    """A step per token and query head, 2 σ(w·x + b) in (0, 2), in float32; it starts at 1 whatever the input.
+
+    A step of 2 / λ is the longest that gradient descent on a quadratic form may take whose largest
+    eigenvalue is λ; the operators' own coefficients, which it multiplies, are made for λ at most 1.
+    """
+
+    def __init__(self, dims: int, heads: int):
+        super().__init__()
+        check_whole("[StepGate] dims", dims, 1)
+        check_whole("[StepGate] heads", heads, 1)
+        self.weight = mx.zeros((heads, dims))
+        self.bias = mx.zeros((heads,))
+
+    def _extra_repr(self):
+        return f"{self.weight.shape[1]}, heads={self.weight.shape[0]}"
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [B, T, dims] to steps [B, T, H], float32."""
+        return 2 * mx.sigmoid(_logits(self, x))
+
+
+def _logits(gate: nn.Module, x: mx.array) -> mx.array:
+    check_input(type(gate).__name__, x, gate.weight.shape[1])
+    return x.astype(mx.float32) @ gate.weight.astype(mx.float32).T + gate.bias.astype(mx.float32)

@@ -84,6 +84,8 @@ class Option(NamedTuple):
 
     A number of at least `least`; or, `per_token`, also an array `[Hq]` or `[B, T, Hq]` (`[B, Hq]` in a step).
     default: for unit keys. key_degree: with keys of length r, r to this power times as much does the same.
+    learned: a layer may learn it per token. It multiplies a "mean" over the tokens so far, or their "sum",
+    which the layer then divides by what their decayed count comes to, 1 / (1 − g).
     """
 
     name: str
@@ -91,6 +93,7 @@ class Option(NamedTuple):
     least: float = -math.inf
     per_token: bool = False
     key_degree: int = 0
+    learned: str | None = None
 
 
 def number(op: str, name: str, value: Any, low: float = -math.inf) -> float:

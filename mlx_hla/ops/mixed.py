@@ -50,7 +50,7 @@ MIXED = register(
         slots=(Slot("S", symmetric=True), Slot("F", "q", "eta")),
         compose=_compose,
         degree=None,
-        options=(Option("alpha", 1.0, per_token=True), Option("beta", 1.0, per_token=True)),
+        options=(Option("alpha", 1.0, per_token=True), Option("beta", 1.0, per_token=True, learned="sum")),
     )
 )
 

@@ -51,7 +51,10 @@ READOUT = register(
         slots=(Slot("S", symmetric=True), Slot("P", normaliser="m"), Slot("n", counts=True)),
         compose=_compose,
         degree=1,
-        options=(Option("alpha", 1.0, per_token=True), Option("beta", -1.0, per_token=True, key_degree=-2)),
+        options=(
+            Option("alpha", 1.0, per_token=True),
+            Option("beta", -1.0, per_token=True, key_degree=-2, learned="mean"),
+        ),
     )
 )
 

@@ -118,7 +118,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def _packs(path: str, module: nn.Module) -> bool:
     wide = hasattr(module, "to_quantized") and module.weight.shape[-1] % GROUP_SIZE == 0
-    return wide and "decay_gate" not in path
+    return wide and not path.endswith("_gate")
 
 
 def write_config(folder: Path, how: Adaptation, model: str | None, base: str) -> None:
