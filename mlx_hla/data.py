@@ -63,6 +63,7 @@ def load_corpus(
     valid_fraction: float = 0.05,
     max_bytes: int | None = None,
     suffix: str | None = None,
+    extra: str | Path | None = None,
 ) -> Corpus:
     """Read a folder or file, or the standard library, and split it by file, JSON lines by line.
 
@@ -70,10 +71,14 @@ def load_corpus(
     `valid_fraction` of the lines of each validate. `max_bytes` stops reading there, at the end of a line.
     `suffix`: of the files of a folder to read, several with commas; by default TEXT_SUFFIXES. Files that end
     in .jsonl hold a JSON object a line, of which the field "text" counts.
+
+    `extra`: another folder or file, all of it for the training part, less the texts that validate. The split
+    of the rest is the same with it and without, and `max_bytes` does not cut it.
     """
     if not 0 < check_number("the validation fraction", valid_fraction) < 1:
         raise InputError(f"the validation fraction must be between 0 and 1, got {valid_fraction}")
-    most = MAX_CORPUS_BYTES if max_bytes is None else check_whole("max_bytes", max_bytes, 1, MAX_CORPUS_BYTES)
+    if max_bytes is not None:
+        check_whole("max_bytes", max_bytes, 1, MAX_CORPUS_BYTES)
     suffixes = parse_suffixes(suffix)
     if path is None:
         root, name = Path(sysconfig.get_path("stdlib")), "the Python standard library"
@@ -81,11 +86,50 @@ def load_corpus(
         files = [f for f in files if not _relative(f, root).startswith(GENERATED)]
     else:
         root, name = as_path("the corpus", path), str(path)
-        if not root.exists() and not root.is_symlink():
-            raise InputError(f"{root}: no such file or folder")
-        files = [f for f in _walk(root, set()) if f.suffix in suffixes] if root.is_dir() else [root]
+        files = _files(root, suffixes)
+    texts, skipped, why = _read(name, root, files, max_bytes)
     sides: tuple[list[str], list[str]] = ([], [])
-    seen, skipped, why, left = set(), 0, "", most
+    for side, text in texts:
+        # The side must not follow from the order, so it uses other bytes of the hash.
+        sides[int.from_bytes(side[8:16], "big") < valid_fraction * 2**64].append(text)
+    train, valid = sides
+    if not train or not valid:
+        train, valid = _split_inside(train + valid, valid_fraction)
+    if not train or not valid:
+        reason = _missing(root, files, suffixes, skipped, why)
+        raise InputError(f"{name}: the corpus is empty or too small to split ({reason})")
+    if extra is not None:
+        root = as_path("extra", extra)
+        files = _files(root, suffixes)
+        texts, more_skipped, more_why = _read(str(extra), root, files, None)
+        known = {text.strip() for text in train + valid}
+        more = [text for _, text in texts if text.strip() not in known]
+        if not more:
+            reason = _missing(root, files, suffixes, more_skipped, more_why)
+            raise InputError(f"{extra}: no more text to train on ({reason})")
+        train, name = train + more, f"{name}, to train with {extra}"
+        skipped, why = skipped + more_skipped, why or more_why
+    digest = hashlib.sha256()
+    for chosen in (train, valid):
+        for text in chosen:
+            digest.update(hashlib.sha256(text.encode()).digest())
+        digest.update(b"|")
+    return Corpus(name, tuple(train), tuple(valid), skipped, digest.hexdigest(), why)
+
+
+def _files(root: Path, suffixes: Collection[str]) -> list[Path]:
+    """The files to read of a folder that somebody gave, or the one file."""
+    if not root.exists() and not root.is_symlink():
+        raise InputError(f"{root}: no such file or folder")
+    return [f for f in _walk(root, set()) if f.suffix in suffixes] if root.is_dir() else [root]
+
+
+def _read(
+    name: str, root: Path, files: list[Path], max_bytes: int | None
+) -> tuple[list[tuple[bytes, str]], int, str]:
+    """The different texts of `files`, each with its hash; how many files were not read, why the first."""
+    found, seen, skipped, why = [], set(), 0, ""
+    left = MAX_CORPUS_BYTES if max_bytes is None else max_bytes
     # By hash, so that a corpus cut short by max_bytes is a fair sample and not the letters a to c.
     for key, file in sorted((_hash(_relative(f, root)), f) for f in files):
         if left <= 0:
@@ -99,25 +143,12 @@ def load_corpus(
             continue
         for side, text in texts:
             if text.strip() and text not in seen and left > 0:
-                part = text if len(text.encode()) <= left else _cut(text, left)
+                found.append((side, text if len(text.encode()) <= left else _cut(text, left)))
                 left -= len(text.encode())
                 seen.add(text)
-                # The side must not follow from the order, so it uses other bytes of the hash.
-                sides[int.from_bytes(side[8:16], "big") < valid_fraction * 2**64].append(part)
         if left < 0 and max_bytes is None:
             raise InputError(f"{name}: more than {MAX_CORPUS_BYTES} bytes; take a part with max_bytes")
-    train, valid = sides
-    if not train or not valid:
-        train, valid = _split_inside(train + valid, valid_fraction)
-    if not train or not valid:
-        reason = _missing(root, files, suffixes, skipped, why)
-        raise InputError(f"{name}: the corpus is empty or too small to split ({reason})")
-    digest = hashlib.sha256()
-    for chosen in (train, valid):
-        for text in chosen:
-            digest.update(hashlib.sha256(text.encode()).digest())
-        digest.update(b"|")
-    return Corpus(name, tuple(train), tuple(valid), skipped, digest.hexdigest(), why)
+    return found, skipped, why
 
 
 def parse_suffixes(suffix: str | None) -> Collection[str]:

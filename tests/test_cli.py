@@ -183,6 +183,8 @@ def test_train_eval_info(capsys, corpus, tmp_path):
         (["train", "--clip", "nan"], "error: clip must be finite"),
         (["train", "--out", ""], "out must be a path"),
         (["train", "--data", ""], "data must be a path"),
+        (["train", "--extra", ""], "extra must be a path"),
+        (["train", "--extra", "/nonexistent"], "/nonexistent: no such file or folder"),
         (["train", "--tokenizer", ""], "tokenizer must be a path"),
         (["train", "--suffix", ""], "suffix must be"),
         (["train", "--resume", "--out", ""], "out must be a path"),

@@ -168,6 +168,62 @@ def test_missing_corpus_and_bad_fraction(tmp_path):
         data.load_corpus(tmp_path, 1.0)
 
 
+@pytest.fixture
+def more(tmp_path_factory):
+    """A folder of three more texts, two of them JSON lines."""
+    extra = tmp_path_factory.mktemp("more")
+    (extra / "one.py").write_text("print('one')\n")
+    lines = [json.dumps({"text": f"print('{name}')\n", "path": f"{name}.py"}) for name in ("two", "three")]
+    (extra / "others.jsonl").write_text("\n".join(lines))
+    (extra / "SOURCES.json").write_text('{"not": "read"}')
+    return extra
+
+
+def test_extra_trains_and_does_not_validate(folder, more):
+    plain, both = data.load_corpus(folder, 0.25), data.load_corpus(folder, 0.25, extra=more)
+    assert both.valid == plain.valid
+    assert both.train[: len(plain.train)] == plain.train
+    assert set(both.train) - set(plain.train) == {f"print('{n}')\n" for n in ("one", "two", "three")}
+    assert both.digest not in (plain.digest, data.load_corpus(folder, 0.25, extra=more / "one.py").digest)
+    assert both == data.load_corpus(folder, 0.25, extra=str(more))
+    assert f"{folder}, to train with {more}: {len(both.train)} + " in both.describe()
+
+
+def test_extra_leaves_out_what_validates(folder, more):
+    plain = data.load_corpus(folder, 0.25)
+    valid, train = plain.valid[0], plain.train[0]
+    (more / "copy.py").write_bytes(valid.replace("\n", "\r\n").encode())
+    (more / "copies.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in (valid + "\n", train)))
+    both = data.load_corpus(folder, 0.25, extra=more)
+    assert len(both.train) == len(plain.train) + 3
+    assert not {t.strip() for t in both.train} & {t.strip() for t in both.valid}
+    for left in ("one.py", "others.jsonl"):
+        (more / left).unlink()
+    with pytest.raises(InputError, match=r"no more text to train on \(2 files\)"):
+        data.load_corpus(folder, 0.25, extra=more)
+
+
+def test_suffix_is_for_extra_too_and_max_bytes_is_not(folder, more):
+    part = data.load_corpus(folder, 0.25, 700, extra=more)
+    assert set(part.train) - set(data.load_corpus(folder, 0.25, 700).train) == {
+        f"print('{n}')\n" for n in ("one", "two", "three")
+    }
+    python = data.load_corpus(folder, 0.25, suffix=".py", extra=more)
+    assert set(python.train) - set(data.load_corpus(folder, 0.25).train) == {"print('one')\n"}
+
+
+def test_bad_extra(folder, more):
+    for bad, match in ((folder / "none", "none: no such file"), ("", "extra must be a path")):
+        with pytest.raises(InputError, match=match):
+            data.load_corpus(folder, 0.25, extra=bad)
+    with pytest.raises(InputError, match=r"no files that end in \.swift, but in"):
+        data.load_corpus(folder / "part0" / "file0.py", 0.25, suffix="swift", extra=more)
+    (more / "others.jsonl").write_text('{"text": 3}')
+    assert "1 files left out" in data.load_corpus(folder, 0.25, extra=more).describe()
+    with pytest.raises(InputError, match=r"others\.jsonl: line 1 is no object"):
+        data.load_corpus(folder, 0.25, extra=more / "others.jsonl")
+
+
 def test_standard_library():
     corpus = data.load_corpus()
     assert len(corpus.train) > 100

@@ -283,6 +283,23 @@ def test_a_finished_run_is_lengthened(whole, tmp_path):
     assert resume(out).finished
 
 
+def test_extra_text_is_part_of_the_run(corpus, whole, tmp_path, monkeypatch):
+    extra, out = tmp_path / "extra", tmp_path / "run"
+    extra.mkdir()
+    (extra / "more.py").write_text("while True:\n    print('more')\n" * 9)
+    monkeypatch.chdir(tmp_path)
+    assert train(*configs(corpus, out, steps=2, extra="extra")).finished
+    start, other = events(out, "start")[0], events(whole, "start")[0]
+    assert start["settings"]["extra"] == str(extra)  # from wherever it is resumed
+    assert start["train_tokens"] > other["train_tokens"]
+    assert f"to train with {extra}" in start["corpus"]
+    assert start["valid_bytes"] == other["valid_bytes"]
+    assert resume(out, 3).finished
+    (extra / "more.py").write_text("while False:\n    print('more')\n")
+    with pytest.raises(InputError, match="corpus .* is not the one"):
+        resume(out, 4)
+
+
 def test_a_run_starts_from_given_weights(corpus, whole, tmp_path):
     config, settings = configs(corpus, tmp_path / "run", {"dims": 64}, init_from=str(whole), steps=2)
     result = train(dataclasses.replace(config, context=24), settings)

@@ -44,7 +44,7 @@ def train(config: ModelConfig, settings: TrainConfig) -> Result:
             raise InputError(f"{name} must be a {kind.__name__}, got {repr(value)[:60]}")
     _check_extra()
     # A run may be resumed from another folder than the one that it was begun in.
-    for name in ("data", "tokenizer", "init_from"):
+    for name in ("data", "extra", "tokenizer", "init_from"):
         if (path := getattr(settings, name)) is not None:
             settings = dataclasses.replace(settings, **{name: os.path.abspath(path)})
     out = as_path("out", settings.out)
@@ -116,7 +116,8 @@ def _check_extra() -> None:
 
 
 def _read_corpus(settings: TrainConfig) -> data.Corpus:
-    corpus = data.load_corpus(settings.data, settings.valid_fraction, settings.max_bytes, settings.suffix)
+    s = settings
+    corpus = data.load_corpus(s.data, s.valid_fraction, s.max_bytes, s.suffix, s.extra)
     print(corpus.describe(), flush=True)
     return corpus
 

@@ -23,10 +23,11 @@ class TrainConfig:
 
     out: str = option("runs/small", "folder for the model, checkpoints, log and picture")
     data: str | None = option(None, "folder or file of text; none: the Python standard library")
+    extra: str | None = option(None, "folder or file of more text to train on; none of it validates")
     tokenizer: str | None = option(None, "a tokenizer.model; none: learn one from the corpus")
     init_from: str | None = option(None, "a model's folder: start from its weights, with its tokenizer")
     suffix: str | None = option(None, "read files that end so, as .swift,.h; none: Python, prose, .jsonl")
-    max_bytes: int | None = option(None, "read no more of the corpus than this")
+    max_bytes: int | None = option(None, "read no more of data than this; does not cut extra")
     valid_fraction: float = option(0.05, "share of the files that validate")
     seed: int = option(0, "of weights, batches and dropout")
     steps: int = option(1600, "optimiser steps")
@@ -49,7 +50,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check_types(self)
-        for name in ("out", "data", "tokenizer", "init_from"):
+        for name in ("out", "data", "extra", "tokenizer", "init_from"):
             if getattr(self, name) == "":
                 raise InputError(f"{name} must be a path, got ''")
         if self.init_from is not None and self.tokenizer is not None:

@@ -213,7 +213,7 @@ def _path_cases() -> Iterator[Case]:
         "generate": ("model", "load-state", "save-state"),
         "info": ("model",),
         "eval": ("model", "data"),
-        "train": ("data", "tokenizer", "init-from", "out"),
+        "train": ("data", "extra", "tokenizer", "init-from", "out"),
         "finetune": ("model", "data", "out"),
         "fuse": ("model", "adapter", "out"),
     }
@@ -347,6 +347,7 @@ LEFT_OUT = {
     "prompt",
     "stop",
     "data",
+    "extra",
     "model",
     "out",
     "tokenizer",

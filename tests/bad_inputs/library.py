@@ -230,6 +230,7 @@ def _setting_rows() -> Iterator[Row]:
             "suffix": ("", ",", "/", "a/b", "..", "a.b"),
             "out": ("",),
             "data": ("",),
+            "extra": ("",),
             "tokenizer": ("",),
             "seed": (-1, 2**32),
         },
