@@ -296,7 +296,7 @@ def test_extra_text_is_part_of_the_run(corpus, whole, tmp_path, monkeypatch):
     assert start["valid_bytes"] == other["valid_bytes"]
     assert resume(out, 3).finished
     (extra / "more.py").write_text("while False:\n    print('more')\n")
-    with pytest.raises(InputError, match="corpus .* is not the one"):
+    with pytest.raises(InputError, match=r"corpus .* is not the one"):
         resume(out, 4)
 
 
