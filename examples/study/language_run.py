@@ -1,0 +1,247 @@
+"""One run of `language.py`: the arms, the text, a model trained on it, and what is measured.
+
+An arm is a change to the size's ModelConfig, with two keys of its own: "matrices" 1 takes half of the heads
+at twice the width, for operators that keep one matrix a head where HLA2 keeps two, so that states are equal;
+"mixer" "gdn" puts the gated delta rule of gdn.py in the place of every HLAttention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import statistics
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_hla import data
+from mlx_hla.devices import compute_dtype
+from mlx_hla.errors import InputError
+from mlx_hla.files import write_atomic
+from mlx_hla.losses import Scorer, lent, token_losses, windows
+from mlx_hla.models import LanguageModel, ModelConfig
+from mlx_hla.nn import HLAttention
+from mlx_hla.nn.cache import cache_bytes
+from mlx_hla.progress import progress
+from mlx_hla.settings import parse_json
+from mlx_hla.tokenizer import Tokenizer, train_tokenizer
+from mlx_hla.train import TrainConfig
+from mlx_hla.train.step import Trainer
+from mlx_hla.trees import cast, flat
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"vocab_size": 512, "dims": 32, "num_layers": 2, "num_heads": 2, "hidden_dims": 64},
+    "small": {},  # the shipped model's: 5.9 million parameters
+    "medium": {"vocab_size": 8192, "dims": 512, "num_layers": 12, "num_heads": 8, "hidden_dims": 1408},
+}
+ARMS: dict[str, dict[str, Any]] = {
+    "hla2": {"operator": "hla2"},
+    "ahla": {"operator": "ahla"},
+    "hla3": {"operator": "hla3"},
+    "mixed": {"operator": "mixed"},
+    "readout": {"operator": "readout"},
+    "first": {"operator": "first", "matrices": 1},
+    "gdn": {"operator": "first", "matrices": 1, "mixer": "gdn"},
+    "softmax": {"operator": "softmax"},
+    "window": {"layers": ("window",)},
+    "window+hla2": {"layers": ("window", "hla2")},
+    "window+readout": {"layers": ("window", "readout")},
+    "window+gdn": {"layers": ("window", "first"), "mixer": "gdn"},
+}
+BIN, BLOCKS = 64, 40
+
+
+class Run(NamedTuple):
+    size: str
+    arm: str
+    seed: int
+    lr: float
+    context: int
+    steps: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.size}-{self.arm}-s{self.seed}-lr{self.lr:g}-c{self.context}-n{self.steps}"
+
+
+class Text(NamedTuple):
+    train: np.ndarray  # tokens
+    valid: np.ndarray
+    sizes: np.ndarray  # bytes of each token
+    about: str
+
+
+def arms_of(texts: list[str]) -> dict[str, dict[str, Any]]:
+    """The arms by name, of names, of NAME=JSON, or of "all" that this mlx_hla has."""
+    out: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        name, given, changes = text.partition("=")
+        if given:
+            value = parse_json(changes.encode(), name)
+            if not isinstance(value, dict) or not name or "/" in name:
+                raise InputError(f"an arm must be NAME=JSON object, got {text[:60]!r}")
+            out[name] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+        elif name == "all":
+            out |= {n: arm for n, arm in ARMS.items() if available(arm)}
+        elif name in ARMS:
+            out[name] = ARMS[name]
+        else:
+            raise InputError(f"arms must be all, {', '.join(ARMS)} or NAME=JSON, got {name[:60]!r}")
+    return out
+
+
+def available(arm: dict[str, Any]) -> bool:
+    """Whether there are the parts that an arm is made of."""
+    gdn = Path(__file__).with_name("gdn.py").exists()
+    fields = ModelConfig.__dataclass_fields__
+    return (gdn or arm.get("mixer") != "gdn") and all(f in fields for f in arm.keys() - {"matrices", "mixer"})
+
+
+def configure(size: str, arm: dict[str, Any], **fields: Any) -> ModelConfig:
+    base = ModelConfig(**SIZES[size])
+    changes = {k: v for k, v in arm.items() if k not in ("matrices", "mixer")}
+    if arm.get("matrices", 2) == 1:
+        heads = base.num_heads // 2
+        changes |= {"num_heads": heads, "head_dim": base.dims // heads}
+    if unknown := changes.keys() - ModelConfig.__dataclass_fields__.keys():
+        raise InputError(f"this mlx_hla has no ModelConfig.{min(unknown)}")
+    return ModelConfig(**{**SIZES[size], **changes, **fields})
+
+
+def build(config: ModelConfig, arm: dict[str, Any], seed: int) -> LanguageModel:
+    model = LanguageModel(config, seed)
+    mixer = arm.get("mixer")
+    if mixer is None:
+        return model
+    if mixer != "gdn":
+        raise InputError(f"mixer must be gdn, got {mixer!r}")
+    try:
+        from gdn import GDNAttention
+    except ImportError:
+        raise InputError("the gdn arm needs gdn.py beside language.py") from None
+    own = ("conv_size", "decay", "output_norm", "output_gate")
+    options = {name: getattr(config, name) for name in own}
+    for layer in model.layers:
+        if type(layer.mixer) is HLAttention:  # a window stays one
+            old, heads = flat(layer.mixer.parameters()), config.num_heads
+            layer.mixer = GDNAttention(config.dims, heads, head_dim=config.key_dim, **options)
+            kept = {k: old[k] for k in flat(layer.mixer.parameters()).keys() & old.keys()}
+            layer.mixer.load_weights(list(kept.items()), strict=False)  # begun as every model's
+    return model
+
+
+# --- the text
+
+
+def prepare(args: argparse.Namespace) -> Text:
+    """The text as tokens: learned and encoded once for --out, and kept there."""
+    corpus = data.load_corpus(args.data, max_bytes=args.max_bytes, extra=args.extra)
+    vocab = ModelConfig(**SIZES[args.size]).vocab_size
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    path = Path(args.tokenizer or out / f"text-{corpus.digest[:12]}-{vocab}.model")
+    if args.tokenizer is None and not path.exists():
+        tokenizer = train_tokenizer(corpus.train, vocab)
+        write_atomic(path, lambda file: file.write(tokenizer.proto))
+    tokenizer = Tokenizer.load(path)
+    name = hashlib.sha256(tokenizer.proto + corpus.digest.encode()).hexdigest()[:12]
+    kept = out / f"text-{name}.npz"
+    if not kept.exists():
+        parts = {part: data.encode_texts(tokenizer, getattr(corpus, part)) for part in ("train", "valid")}
+        write_atomic(kept, lambda file: np.savez(file, **parts))
+    with np.load(kept) as arrays:
+        train, valid = arrays["train"], arrays["valid"]
+    return Text(train, valid, data.bytes_per_token(tokenizer), corpus.describe())
+
+
+# --- one run
+
+
+def by_position(model: LanguageModel, params: dict, text: Text, batch: int, context: int) -> list:
+    """[end, mean nats, tokens] for each bin of 64 positions of the windows of the validation text."""
+    nats, count = np.zeros(context), np.zeros(context, np.int64)
+    for tokens, real in windows(text.valid, batch, context):
+        losses = np.array(token_losses(model, params, mx.array(tokens)))
+        nats[: real.shape[1]] += (losses * real).sum(0)
+        count[: real.shape[1]] += real.sum(0)
+    out = []
+    for start in range(0, context, BIN):
+        end = min(start + BIN, context)
+        if seen := int(count[start:end].sum()):
+            out.append([end, float(nats[start:end].sum() / seen), seen])
+    return out
+
+
+def state_bytes(model: LanguageModel, params: dict, context: int) -> int:
+    cache = model.make_cache()
+    with lent(model, params):
+        mx.eval(model.features(mx.zeros((1, context), mx.int32), cache))
+    return cache_bytes(cache)
+
+
+def take(run: Run, arm: dict[str, Any], text: Text, args: argparse.Namespace, until: float) -> dict | None:
+    """Train and measure one run; None if the time was over first."""
+    config = configure(run.size, arm, context=run.context, vocab_size=len(text.sizes))
+    batch = max(1, args.tokens // (run.context * args.accumulate))
+    settings = TrainConfig(
+        seed=run.seed,
+        steps=run.steps,
+        batch_size=batch,
+        accumulate=args.accumulate,
+        lr=run.lr,
+        warmup=max(1, run.steps // 16),
+        dropout=args.dropout,
+        dtype=args.dtype,
+        checkpoint_blocks=args.checkpoint_blocks,
+    )
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    model = build(config, arm, run.seed)
+    trainer = Trainer(model, settings)
+    batches = data.Batches(text.train, batch, run.context, run.seed)
+    block, losses, times = max(1, run.steps // BLOCKS), [], [start]
+    with progress(run.steps, "step") as one_more:
+        for step in range(run.steps):
+            parts = [batches[step * args.accumulate + i] for i in range(args.accumulate)]
+            loss, _ = trainer.step(step, parts)
+            one_more()
+            if (step + 1) % block == 0 or step + 1 == run.steps:
+                losses.append([step + 1, loss.item()])  # waits for the block
+                times.append(time.perf_counter())
+                if not np.isfinite(losses[-1][1]) or time.time() > until:
+                    break
+    diverged = not np.isfinite(losses[-1][1])
+    if losses[-1][0] < run.steps and not diverged:
+        return None
+    per_step = batch * args.accumulate * run.context
+    counts = np.diff([0] + [n for n, _ in losses]) * per_step
+    speeds = (counts / np.diff(times))[min(2, len(counts) - 1) :]  # the first blocks compile and warm up
+    dtype = compute_dtype(args.dtype)
+    result: dict[str, Any] = {
+        **run._asdict(),
+        "config": config.__dict__,
+        "changes": arm,
+        "text": text.about,
+        "train_tokens": len(text.train),
+        "tokens_per_step": per_step,
+        "batch_size": batch,
+        "dtype": str(dtype),
+        "device": str(mx.default_device()),
+        "losses": losses if not diverged else losses[:-1],
+        "diverged": diverged,
+        "tokens_per_second": statistics.median(speeds.tolist()),
+        "peak_memory": mx.get_peak_memory(),
+        "parameters": model.num_parameters,
+        "nats_per_byte": None,
+    }
+    params = cast(trainer.params, dtype)
+    result["state_bytes"] = state_bytes(model, params, run.context)
+    if not diverged:
+        options = {"batch_size": batch, "context": run.context, "dtype": dtype}
+        result["nats_per_byte"] = Scorer(model, text.valid, text.sizes, **options)(trainer.params)
+        result["positions"] = by_position(model, params, text, batch, run.context)
+    return {**result, "seconds": time.perf_counter() - start}

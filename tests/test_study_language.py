@@ -1,0 +1,167 @@
+"""The study's language models: arms, what a run keeps, and runs that go on where they were ended."""
+
+import json
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_hla.errors import InputError
+from mlx_hla.models import ModelConfig
+from mlx_hla.nn import HLAttention
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "study"))
+import language
+import language_run
+
+GDN = Path(language.__file__).with_name("gdn.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(30):
+        (folder / f"f{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n\n\nprint(f{i}(2))\n" * 8)
+    return folder
+
+
+def flags(folder, out, *more):
+    own = ["--size", "tiny", "--context", "100", "--steps", "6", "--tokens", "200", "--lrs", "0.01"]
+    return [*own, "--data", str(folder), "--out", str(out), *more]
+
+
+def results(out):
+    return {file.stem: json.loads(file.read_text()) for file in out.glob("tiny-*.json")}
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("study")
+    more = ("--arms", "hla2", "softmax", "--seeds", "0", "1", "--bundle", str(out / "bundle.json"))
+    assert language.main(flags(folder, out, *more)) == 0
+    return out
+
+
+def test_a_run_keeps_what_it_learnt_and_cost(whole):
+    found = results(whole)
+    assert sorted(found) == [f"tiny-{a}-s{s}-lr0.01-c100-n6" for a in ("hla2", "softmax") for s in (0, 1)]
+    for result in found.values():
+        assert [n for n, _ in result["losses"]] == [1, 2, 3, 4, 5, 6]
+        assert result["losses"][-1][1] < result["losses"][0][1]
+        assert 1 < result["nats_per_byte"] < 7
+        assert [end for end, *_ in result["positions"]] == [64, 100]
+        assert result["tokens_per_second"] > 0
+        assert result["peak_memory"] > 4 * result["parameters"]
+        assert result["tokens_per_step"] == 200
+        assert result["config"]["vocab_size"] <= 512
+    hla2, softmax = (found[f"tiny-{a}-s0-lr0.01-c100-n6"] for a in ("hla2", "softmax"))
+    assert softmax["state_bytes"] > 2 * 2 * 100 * 32 * 4  # keys and values of two layers
+    assert hla2["state_bytes"] < softmax["state_bytes"]
+    assert json.loads((whole / "bundle.json").read_text()) == found
+
+
+def test_positions_and_nats_per_byte_are_of_the_same_losses(whole, folder):
+    result = results(whole)["tiny-hla2-s0-lr0.01-c100-n6"]
+    args = language.make_parser().parse_args(flags(folder, whole))
+    text = language.prepare(args)
+    nats = sum(mean * count for _, mean, count in result["positions"])
+    assert sum(count for *_, count in result["positions"]) == len(text.valid) - 1
+    assert nats / text.sizes[text.valid[1:]].sum() == pytest.approx(result["nats_per_byte"], rel=1e-4)
+
+
+def test_runs_that_are_there_are_not_repeated(whole, folder, monkeypatch, capsys):
+    before = results(whole)
+    monkeypatch.setattr(language, "take", None)
+    assert language.main(flags(folder, whole, "--arms", "softmax", "hla2")) == 0
+    assert results(whole) == before
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == ["tiny-hla2-lr0.01-c100-n6", "tiny-softmax-lr0.01-c100-n6"]
+    assert all("±" in row and "2/2 seeds" in row for row in rows)
+
+
+def test_a_run_that_is_out_of_time_leaves_nothing(folder, tmp_path, capsys):
+    assert language.main(flags(folder, tmp_path, "--arms", "first", "ahla", "--minutes", "1e-9")) == 0
+    assert not results(tmp_path)
+    assert "no time left" in capsys.readouterr().out
+
+
+def test_a_run_that_diverges_says_so(folder, tmp_path, capsys):
+    more = ("--arms", "first", "--lrs", "1e30", "--bundle", str(tmp_path / "bundle"))
+    assert language.main(flags(folder, tmp_path, *more)) == 0
+    (result,) = results(tmp_path).values()
+    assert result["diverged"]
+    assert result["nats_per_byte"] is None
+    assert "diverged" in capsys.readouterr().out
+    assert "NaN" not in (tmp_path / "bundle").read_text()
+
+
+def test_equal_seeds_begin_equal_and_others_do_not(folder, whole):
+    found = results(whole)
+    losses = {key: result["losses"][0][1] for key, result in found.items()}
+    assert len(set(losses.values())) == 4
+    args = language.make_parser().parse_args(flags(folder, whole))
+    again = language.take(
+        language.Run("tiny", "hla2", 1, 0.01, 100, 6),
+        {"operator": "hla2"},
+        language.prepare(args),
+        args,
+        1e12,
+    )
+    assert again["losses"] == found["tiny-hla2-s1-lr0.01-c100-n6"]["losses"]
+
+
+def test_workers_give_what_one_process_gives(whole, folder, tmp_path):
+    more = ("--arms", "hla2", "softmax", "--workers", "2", "--minutes", "2")
+    assert language.main(flags(folder, tmp_path, *more)) == 0
+    found, alone = results(tmp_path), results(whole)
+    assert len(found) == 2
+    assert all(result["losses"] == alone[key]["losses"] for key, result in found.items())
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ("--arms hla9", "arms must be all, hla2"),
+        ("--arms x=3", "must be NAME=JSON object"),
+        ("--arms x={", "x: not valid JSON"),
+        ('--arms x={"stacks":1}', r"this mlx_hla has no ModelConfig\.stacks"),
+        ('--arms x={"operator":"hla9"}', "operator must be"),
+        ("--steps 0", "steps must be at least 1"),
+        ("--context 300", "tokens must be at least the context, 300, got 200"),
+    ],
+)
+def test_bad_flags(folder, tmp_path, capsys, more, match):
+    assert language.main(flags(folder, tmp_path, *more.split())) == 1
+    assert match.replace("\\", "") in capsys.readouterr().err
+
+
+def test_the_arms_have_equal_states_and_parameters():
+    for size in ("small", "medium"):
+        one, two = (language_run.configure(size, language.ARMS[a]) for a in ("first", "hla2"))
+        assert one.num_heads * one.key_dim**2 == 2 * two.num_heads * two.key_dim**2
+        assert one.matrix_parameters == two.matrix_parameters
+    assert "hla2" in language_run.arms_of(["all"])
+    wide = language_run.arms_of(['wide={"operator": "hla2", "layers": ["window", "hla2"]}'])
+    assert wide == {"wide": {"operator": "hla2", "layers": ("window", "hla2")}}
+
+
+@pytest.mark.skipif(not GDN.exists(), reason="needs examples/study/gdn.py")
+def test_the_delta_rule_takes_the_place_of_every_layer_with_its_weights():
+    arm = language.ARMS["gdn"]
+    config = language_run.configure("tiny", arm)
+    model, plain = (language_run.build(config, a, 3) for a in (arm, {}))
+    new, old = (dict(tree_flatten(m.parameters())) for m in (model, plain))
+    assert not any(type(layer.mixer) is HLAttention for layer in model.layers)
+    assert all(mx.array_equal(new[name], old[name]) for name in new.keys() & old.keys())
+    assert {name.split(".")[-1] for name in new.keys() - old.keys()} == {"beta_weight", "beta_bias"}
+    logits = model(mx.zeros((1, 9), mx.int32))
+    cache = model.make_cache()
+    parts = [model(mx.zeros((1, n), mx.int32), cache) for n in (4, 5)]
+    assert mx.allclose(mx.concatenate(parts, 1), logits, atol=1e-4)
+
+
+def test_another_mixer_is_refused():
+    with pytest.raises(InputError, match="mixer must be gdn"):
+        language_run.build(ModelConfig(**language_run.SIZES["tiny"]), {"mixer": "rnn"}, 0)
