@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 MAX_FILE, MIN_FILE = 200_000, 200
 TESTS = re.compile(r"(tests?|testing|idle_test|.*_tests?)|(test_.*|.*_tests?|tests?|conftest)\.py")
 COPIES = re.compile(
-    r"_?vendor(ed|ized)?|_vendored_packages|third_?party|extern(als?)?|bundled|migrations|.*\.data"
+    r"_?(vendor(ed|ized)?|extern(als?|ally)?|third_?party|bundled)(_packages)?|migrations|.*\.data"
 )
 GENERATED = re.compile(r"(?i)auto-?(matically )?generated|generated (by|from) |do not (edit|modify)")
 OTHER_LICENCE = re.compile(r"(?i)\b[AL]?GPL|GNU (Lesser|Affero|General)|Mozilla Public|proprietary")
