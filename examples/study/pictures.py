@@ -42,11 +42,11 @@ def bars(ax: Any, found: list[dict[str, Any]]) -> None:
         ax.plot([min(each), max(each)], [i, i], color="black", linewidth=1)
         ax.plot(each, [i] * len(each), "k|", markersize=6)
     ax.set_yticks(range(len(found)), [r["arm"] for r in found])
-    for name, value in found[0]["baselines"].items():
-        if isinstance(value, float):
-            ax.axvline(value, color="grey", linestyle=":", linewidth=1)
-            ax.text(value, len(found) - 0.4, name, fontsize=7, rotation=45, color="grey")
+    lines = {name: v for name, v in found[0]["baselines"].items() if isinstance(v, float)}
+    for (name, value), dash in zip(lines.items(), ("-", "--", ":", "-."), strict=False):
+        ax.axvline(value, color="grey", linestyle=dash, linewidth=1, label=f"{name} {value:.3g}")
     ax.set_xlabel(found[0]["metric"])
+    ax.legend(fontsize=7, loc="lower right")
 
 
 def curves(ax: Any, found: list[dict[str, Any]]) -> None:
@@ -87,10 +87,10 @@ def draw(found: dict[str, Any], out: Path) -> list[Path]:
         if len(members[0]["by_size"]) > 1:
             kinds["pairs"] = by_size
         for kind, plot in kinds.items():
-            fig, ax = plt.subplots(figsize=(6.4, 4.2 if kind != "score" else 1.2 + 0.24 * len(members)))
+            height = 4.2 if kind != "score" else 1.6 + 0.26 * len(members)
+            fig, ax = plt.subplots(figsize=(6.4, height), layout="constrained")
             plot(ax, members)
-            ax.set_title(f"{task}, D = {head_dim}", fontsize=10, pad=24 if kind == "score" else None)
-            fig.tight_layout()
+            ax.set_title(f"{task}, D = {head_dim}", fontsize=10)
             paths.append(out / f"{task}-d{head_dim}-{kind}.png")
             fig.savefig(paths[-1], dpi=110)
             plt.close(fig)

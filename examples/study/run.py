@@ -78,7 +78,7 @@ class Running(NamedTuple):
 
 
 def start(job: Job, out: Path, more: list[str]) -> Running:
-    said = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115: closed when the job has ended
+    said = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  closed when the job has ended
     roots = [str(HERE.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(roots)}
     process = subprocess.Popen(job.command(out, more), stdout=said, stderr=subprocess.STDOUT, env=env)

@@ -92,11 +92,12 @@ def tables(found: dict[str, Any], tasks: list[str] | None = None) -> str:
     for (task, head_dim), members in groups.items():
         one = members[0]
         shape, training = one["model"], one["training"]
+        steps = " or ".join(sorted({str(r["training"]["steps"]) for r in members}))
         about = ", ".join(f"{k} {v}" for k, v in one["about"].items() if v is not None)
         out.append(f"### {task}, D = {head_dim}\n")
         out.append(
-            f"{about}; width {shape['dims']}; {training['steps']} steps of {training['batch']} (twice as many "
-            f"with `+steps`); {training['seeds']} seeds; MLX {one['mlx']} on {one['device']}.\n"
+            f"{about}; width {shape['dims']}; {training['batch']} sequences a step; {steps} steps; "
+            f"{training['seeds']} seeds; MLX {one['mlx']} on {one['device']}.\n"
         )
         out += [*main_table(members), ""]
         if one["by_size"]:
