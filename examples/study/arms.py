@@ -5,7 +5,8 @@ One matrix per head (first order, GDN) has H / 2 heads of 2 D; three (HLA3) the 
 window keeps W = D tokens' keys and values. An arm's name may end in options, each after a `+`:
 
     +window      a window layer below each such layer: half of the layers are windows
-    +curriculum  the number of pairs grows during the first half of training
+    +curriculum  the most pairs that training draws grow during its first half
+    +fixed       training draws no number of pairs: every sequence has all
     +long        decay gates start at memories of 256 to 4,096 tokens, not of 8 to 512
     +nodecay     no decay
     +steps       twice the steps
@@ -28,7 +29,7 @@ from mlx_hla.models.lm import SwiGLU
 from mlx_hla.models.softmax import SoftmaxAttention
 from mlx_hla.nn import DecayGate, HLAttention
 
-OPTIONS = ("window", "curriculum", "long", "nodecay", "steps", "gate")
+OPTIONS = ("window", "curriculum", "fixed", "long", "nodecay", "steps", "gate")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ masks `[n, T]`: w, where the loss is taken, and s, where the score is.
     parity   of the bits so far                      s3, s5    product of the permutations so far
 
 Each list of pairs, and the list of questions, comes in an order of its own; the names of a sequence are all
-different, the values are drawn with replacement.
+different, the values are drawn with replacement. Training draws the number of pairs from 1 to P for every
+sequence: with one pair the only value seen is the answer, and with few the second hop is soon found.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ _LISTS = {
 }
 
 
-def _pairs(kind: str, P: int, names: int, values: int, sizes: tuple[int, ...], varied: bool) -> Task:
-    """`varied`: training draws the number of pairs of every sequence from 1 to P."""
+def _pairs(kind: str, P: int, names: int, values: int) -> Task:
+    """The number of pairs of every sequence is drawn from 1 to P, unless the batch has a size."""
     lists, asked = _LISTS[kind]
     columns = 1 + max(max(pair) for pair in lists)
     if columns * P > names:
@@ -75,8 +76,7 @@ def _pairs(kind: str, P: int, names: int, values: int, sizes: tuple[int, ...], v
     T = (2 * len(lists) + 1) * P
 
     def make(rng: np.random.Generator, n: int, size: Any = None) -> Batch:
-        if size is None:
-            size = rng.integers(1, P + 1, n) if varied else P
+        size = rng.integers(1, P + 1, n) if size is None else size
         size = np.broadcast_to(np.asarray(size), (n,))[:, None]
         chosen = 1 + np.argsort(rng.random((n, names)), axis=1)[:, : columns * P].reshape(n, columns, P)
         value = rng.integers(0, values, (n, P))
@@ -107,24 +107,24 @@ def _pairs(kind: str, P: int, names: int, values: int, sizes: tuple[int, ...], v
 
     about = {"pairs": P, "names": names, "values": values}
     layers = 1 if kind in ("alias", "join") else 2
+    sizes = tuple(p for p in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64) if p <= P)
     return Task(kind, T, 1 + names + values, values, make, baselines, layers, sizes, about=about)
 
 
 def recall(P: int = 32, names: int = 64, values: int = 32) -> Task:
-    sizes = tuple(p for p in (2, 4, 8, 12, 16, 24, 32, 48, 64) if p <= P)
-    return _pairs("recall", P, names, values, sizes, varied=True)
+    return _pairs("recall", P, names, values)
 
 
-def alias(P: int = 8, names: int = 32, values: int = 32) -> Task:
-    return _pairs("alias", P, names, values, tuple(p for p in (2, 4, 8) if p <= P), varied=False)
+def alias(P: int = 6, names: int = 16, values: int = 16) -> Task:
+    return _pairs("alias", P, names, values)
 
 
-def join(P: int = 8, names: int = 32, values: int = 32) -> Task:
-    return _pairs("join", P, names, values, tuple(p for p in (2, 4, 8) if p <= P), varied=False)
+def join(P: int = 6, names: int = 16, values: int = 16) -> Task:
+    return _pairs("join", P, names, values)
 
 
-def hop3(P: int = 6, names: int = 32, values: int = 32) -> Task:
-    return _pairs("hop3", P, names, values, tuple(p for p in (2, 4, 6) if p <= P), varied=False)
+def hop3(P: int = 4, names: int = 16, values: int = 16) -> Task:
+    return _pairs("hop3", P, names, values)
 
 
 # ---- answers at every token

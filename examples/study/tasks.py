@@ -72,10 +72,14 @@ def evaluate(
     return np.average(scores, axis=0, weights=weights), task.baselines(batch)
 
 
-def curriculum(task: Task, t: int, steps: int) -> int | None:
-    """Pairs of a list at step t: from 2 to all, even in t over the first half."""
-    most = task.about["pairs"]
-    return min(most, 2 + int((most - 1) * 2 * t / steps))
+def pairs(task: Task, options: frozenset[str], t: int, steps: int, rng: np.random.Generator, n: int):
+    """Pairs of a list in n sequences of step t; None: as the task draws them."""
+    most = task.about.get("pairs")
+    if "fixed" in options:
+        return most
+    if "curriculum" in options:  # from 1 to at most 2 at first, to all of them from the middle on
+        return rng.integers(1, min(most, 2 + int((most - 1) * 2 * t / steps)) + 1, n)
+    return None
 
 
 def spread(values: np.ndarray) -> dict[str, Any]:
@@ -91,8 +95,8 @@ def run(task: Task, arm: str, args: argparse.Namespace) -> dict[str, Any]:
     """One job: train, choose the learning rate, test."""
     started, options = time.perf_counter(), parse(arm)[1]
     layers = args.layers or max(task.layers, 2 if "window" in options else 1)
-    if "curriculum" in options and "pairs" not in task.about:
-        raise ValueError(f"the curriculum grows pairs, and {task.name} has none")
+    if options & {"curriculum", "fixed"} and "pairs" not in task.about:
+        raise ValueError(f"{task.name} has no number of pairs for {arm}")
     steps = args.steps * (2 if "steps" in options else 1)
     shape = {"inputs": task.inputs, "outputs": task.outputs, "real": task.real}
     shape |= {"layers": layers, "dims": args.dims, "head_dim": args.head_dim}
@@ -110,8 +114,8 @@ def run(task: Task, arm: str, args: argparse.Namespace) -> dict[str, Any]:
     rng = np.random.default_rng((TRAIN, args.data_seed))
     for t in range(1, steps + 1):
         if (t - 1) % BLOCK == 0:
-            size = curriculum(task, t, steps) if "curriculum" in options else None
-            drawn = task.make(rng, BLOCK * K * args.batch, size)
+            n = BLOCK * K * args.batch
+            drawn = task.make(rng, n, pairs(task, options, t, steps, rng, n))
             block = [a.reshape(BLOCK, K, args.batch, *a.shape[1:]) for a in drawn[:3]]
         losses = ensemble.train(t, *(mx.array(a[(t - 1) % BLOCK]) for a in block))
         if t % max(1, steps // args.points) == 0 or t == steps:
@@ -165,21 +169,26 @@ def _table(members: np.ndarray, args: argparse.Namespace) -> list[list[float]]:
     return [[float(f"{v:.5g}") if math.isfinite(v) else None for v in row] for row in rows]
 
 
-def task_of(args: argparse.Namespace) -> Task:
-    sized = {"recall": "P", "alias": "P", "join": "P", "hop3": "P", "copy": "L"}
-    given = {sized[args.task]: args.pairs} if args.pairs and args.task in sized else {}
-    task = TASKS[args.task](**given)
-    return replace(task, name=f"{args.task}{args.pairs}") if given else task
+def task_of(name: str) -> Task:
+    """`recall`, or with numbers of its own `recall,P=16,names=48`: the arguments of the function in TASKS."""
+    base, *given = name.split(",")
+    if base not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {base!r}")
+    pairs = (one.partition("=") for one in given)
+    try:
+        options = {key: float(value) if "." in value else int(value) for key, _, value in pairs}
+        return replace(TASKS[base](**options), name=name)
+    except TypeError as e:
+        raise ValueError(f"task {name!r}: {e}") from None
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("task", choices=TASKS)
+    add("task", help=f"{', '.join(TASKS)}; with numbers of its own: recall,P=16,names=48 or regress,d=4")
     add("--arms", nargs="+", default=list(ARMS), help="default: all of arms.ARMS, without options")
     add("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     add("--again", action="store_true", help="compute also what is there")
-    add("--pairs", type=int, help="pairs of a list (or length to copy), not the task's own; names the result")
     add("--dims", type=int, default=64, help="width (default: %(default)s)")
     add("--head-dim", type=int, default=16, help="D of an arm with two matrices (default: %(default)s)")
     add("--layers", type=int, help="default: the task's own: 1 for alias and join, else 2; hybrids 2")
@@ -205,7 +214,7 @@ def main() -> None:
     try:
         for arm in args.arms:
             parse(arm)
-        task = task_of(args)
+        task = task_of(args.task)
     except ValueError as e:
         p.error(str(e))
     for arm in args.arms:
