@@ -5,7 +5,7 @@ One matrix per head (first order, GDN) has H / 2 heads of 2 D; three (HLA3) the 
 window keeps W = D tokens' keys and values. An arm's name may end in options, each after a `+`:
 
     +window      a window layer below each such layer: half of the layers are windows
-    +curriculum  the most pairs that training draws grow during its first half
+    +curriculum  a member trains on few pairs until it has learnt those, see tasks.Pairs
     +fixed       training draws no number of pairs: every sequence has all
     +long        decay gates start at memories of 256 to 4,096 tokens, not of 8 to 512
     +nodecay     no decay

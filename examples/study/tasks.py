@@ -44,6 +44,7 @@ TASKS = {
 # Streams of random numbers: training, held-out and test sequences never come from the same one.
 TRAIN, HELD_OUT, TEST = 1, 2, 3
 BLOCK = 25  # steps whose sequences are drawn at once
+LEARNT = 0.3  # nats: a curriculum goes on
 
 
 def score(outputs: mx.array, batch: Batch, real: bool) -> np.ndarray:
@@ -72,14 +73,30 @@ def evaluate(
     return np.average(scores, axis=0, weights=weights), task.baselines(batch)
 
 
-def pairs(task: Task, options: frozenset[str], t: int, steps: int, rng: np.random.Generator, n: int):
-    """Pairs of a list in n sequences of step t; None: as the task draws them."""
-    most = task.about.get("pairs")
-    if "fixed" in options:
-        return most
-    if "curriculum" in options:  # from 1 to at most 2 at first, to all of them from the middle on
-        return rng.integers(1, min(most, 2 + int((most - 1) * 2 * t / steps)) + 1, n)
-    return None
+class Pairs:
+    """How many pairs the lists of the members' training sequences have.
+
+    None: as the task draws them. `fixed`: all. `curriculum`: from 1 to a member's own limit, which starts at
+    2 and grows by one whenever its loss over a block of steps is below LEARNT.
+    """
+
+    def __init__(self, task: Task, options: frozenset[str], members: int):
+        if options & {"curriculum", "fixed"} and "pairs" not in task.about:
+            raise ValueError(f"{task.name} has no number of pairs to choose")
+        self.most = task.about.get("pairs")
+        self.fixed = "fixed" in options
+        self.limits = np.full(members, min(2, self.most)) if "curriculum" in options else None
+
+    def draw(self, rng: np.random.Generator, shape: tuple[int, int, int]) -> Any:
+        """Numbers for BLOCK × members × batch sequences, one after the other."""
+        if self.limits is not None:
+            return rng.integers(1, self.limits[None, :, None] + 1, shape).reshape(-1)
+        return self.most if self.fixed else None
+
+    def learn(self, losses: list[mx.array]) -> None:
+        if self.limits is not None and losses:
+            learnt = np.mean([np.array(x) for x in losses], axis=0) < LEARNT
+            self.limits = np.minimum(self.limits + learnt, self.most)
 
 
 def spread(values: np.ndarray) -> dict[str, Any]:
@@ -95,29 +112,30 @@ def run(task: Task, arm: str, args: argparse.Namespace) -> dict[str, Any]:
     """One job: train, choose the learning rate, test."""
     started, options = time.perf_counter(), parse(arm)[1]
     layers = args.layers or max(task.layers, 2 if "window" in options else 1)
-    if options & {"curriculum", "fixed"} and "pairs" not in task.about:
-        raise ValueError(f"{task.name} has no number of pairs for {arm}")
     steps = args.steps * (2 if "steps" in options else 1)
-    shape = {"inputs": task.inputs, "outputs": task.outputs, "real": task.real}
-    shape |= {"layers": layers, "dims": args.dims, "head_dim": args.head_dim}
+    form = {"inputs": task.inputs, "outputs": task.outputs, "real": task.real}
+    form |= {"layers": layers, "dims": args.dims, "head_dim": args.head_dim}
     members = [(lr, seed) for lr in args.lrs for seed in range(args.seeds)]
     K, (lrs, seeds) = len(members), zip(*members, strict=True)
     settings = Settings(steps, weight_decay=args.weight_decay, clip=args.clip)
     ensemble = Ensemble(
-        lambda: Model(arm, **shape), seeds, lrs, square_loss if task.real else class_loss, settings,
+        lambda: Model(arm, **form), seeds, lrs, square_loss if task.real else class_loss, settings,
         mapped=not args.loop, compiled=args.compile,
     )  # fmt: skip
     measured = sizes(ensemble.model)
 
     best = np.nanargmin if task.real else np.nanargmax
+    pairs, recent = Pairs(task, options, K), []
     curve: dict[str, list] = {"step": [], "loss": [], "held_out": []}
     rng = np.random.default_rng((TRAIN, args.data_seed))
     for t in range(1, steps + 1):
         if (t - 1) % BLOCK == 0:
-            n = BLOCK * K * args.batch
-            drawn = task.make(rng, n, pairs(task, options, t, steps, rng, n))
-            block = [a.reshape(BLOCK, K, args.batch, *a.shape[1:]) for a in drawn[:3]]
+            pairs.learn(recent)
+            shape, recent = (BLOCK, K, args.batch), []
+            drawn = task.make(rng, BLOCK * K * args.batch, pairs.draw(rng, shape))
+            block = [a.reshape(*shape, *a.shape[1:]) for a in drawn[:3]]
         losses = ensemble.train(t, *(mx.array(a[(t - 1) % BLOCK]) for a in block))
+        recent.append(losses)
         if t % max(1, steps // args.points) == 0 or t == steps:
             held, _ = evaluate(ensemble, task, (HELD_OUT, args.data_seed), args.held_out, args.at_once)
             curve["step"].append(t)
@@ -146,12 +164,13 @@ def run(task: Task, arm: str, args: argparse.Namespace) -> dict[str, Any]:
         "test": spread(test),
         "baselines": baselines,
         "by_size": by_size,
+        "curriculum": None if pairs.limits is None else pairs.limits[mine].tolist(),
         "lr": args.lrs[chosen],
         "lrs": args.lrs,
         "held_out": held_out.tolist(),
         "curve": curve,
         "about": task.about | {"T": task.T, "classes": None if task.real else task.outputs},
-        "model": shape | measured,
+        "model": form | measured,
         "training": {"steps": steps, "batch": args.batch, "seeds": args.seeds} | vars(settings),
         "seconds": {"train": round(trained, 2), "all": round(time.perf_counter() - started, 2)},
         "device": f"{mx.device_info().get('device_name', 'CPU')}" if _gpu() else "CPU",
