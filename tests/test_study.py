@@ -55,7 +55,7 @@ def solve_pairs(row, task):
 @pytest.mark.parametrize("name", ["recall", "alias", "join", "hop3"])
 @pytest.mark.parametrize("size", [None, 2])
 def test_pairs_lead_to_their_values(name, size):
-    task = tasks.TASKS[name](P=5)
+    task = tasks.TASKS[name](P=4)
     batch = task.make(np.random.default_rng(0), 20, size)
     assert batch.x.shape == batch.y.shape == batch.w.shape == (20, task.T)
     assert batch.x.max() < task.inputs
