@@ -20,11 +20,14 @@ def regress(d: int = 8, N: int = 32, condition: float = 10.0, noise: float = 0.1
     T, F = 2 * N, d + 2
 
     def make(rng: np.random.Generator, n: int, size: Any = None) -> Batch:
-        axes = np.linalg.qr(rng.normal(size=(n, d, d)))[0]
+        def normal(*shape: int) -> np.ndarray:
+            return rng.standard_normal(shape, dtype=np.float32)
+
         spread = condition ** (-np.arange(d) / max(d - 1, 1))
-        root = axes * np.sqrt(spread / spread.sum())  # C^½, up to a rotation of z
-        xs = np.einsum("nde,nie->nid", root, rng.normal(size=(n, N, d)))
-        ys = np.einsum("nid,nd->ni", xs, rng.normal(size=(n, d))) + noise * rng.normal(size=(n, N))
+        xs = normal(n, N, d) * np.sqrt(spread / spread.sum()).astype(np.float32)
+        if condition != 1:
+            xs = xs @ _reflections(normal(d, n, d))
+        ys = (xs @ normal(n, d, 1))[..., 0] + np.float32(noise) * normal(n, N)
         x = np.zeros((n, T, F), np.float32)
         x[:, ::2, :d], x[:, 1::2, d], x[:, ::2, d + 1] = xs * np.sqrt(d), ys, 1
         y, w = np.zeros((n, T, 1), np.float32), np.zeros((n, T), np.float32)
@@ -36,6 +39,14 @@ def regress(d: int = 8, N: int = 32, condition: float = 10.0, noise: float = 0.1
 
     about = {"dims": d, "pairs": N, "condition": condition, "noise": noise}
     return Task(name, T, F, 1, make, baselines, real=True, about=about)
+
+
+def _reflections(u: np.ndarray) -> np.ndarray:
+    """Products `[n, d, d]` of reflections along u `[m, n, d]`."""
+    out = np.broadcast_to(np.eye(u.shape[-1], dtype=u.dtype), (*u.shape[1:], u.shape[-1]))
+    for one in u / np.linalg.norm(u, axis=-1, keepdims=True):
+        out = out - 2 * (out @ one[..., None]) * one[:, None]
+    return out
 
 
 def scores(batch: Batch, d: int, noise: float) -> dict[str, Any]:

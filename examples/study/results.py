@@ -13,11 +13,12 @@ def key(task: str, arm: str, head_dim: int) -> str:
     return f"{task}-d{head_dim}-{arm}"
 
 
-def write(path: Path, value: Any) -> None:
-    """Whole or not at all: a process that is ended here leaves the old file, or the new one."""
+def write(path: Path, value: dict[str, Any]) -> None:
+    """One line for each key; a process that is ended here leaves the old file, or the whole new one."""
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(one)}" for key, one in value.items())
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    part.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
     os.replace(part, path)
 
 

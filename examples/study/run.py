@@ -51,11 +51,11 @@ def jobs() -> list[Job]:
         out.extend(Job(task, arm, head_dim) for task in tasks.split() for arm in arms)
 
     add("regress alias join recall", MAIN)
-    add("recall regress", OTHERS)
-    # What makes training find the second hop: curriculum, long memories, steps.
-    add("alias join", "hla2+curriculum ahla+curriculum first+curriculum gdn+curriculum readout+curriculum")
-    add("alias join", "softmax window hla3 first_ahla mixed+curriculum mesa+curriculum")
-    add("alias join", "hla2+long hla2+curriculum+long ahla+curriculum+long hla2+curriculum+steps")
+    # What makes training find the second hop: few pairs first, long memories, more steps.
+    add("join alias", tuple(f"{arm}+curriculum" for arm in MAIN))
+    add("regress recall alias join", OTHERS)
+    add("alias join", "hla2+long ahla+long hla2+curriculum+long ahla+curriculum+long")
+    add("alias join", "hla2+fixed ahla+fixed mixed+fixed gdn+fixed hla2+steps ahla+steps")
     add("recall", MAIN, 8)
     add("hop3 match3", (*MAIN, "softmax"))
     add("recall regress", tuple(f"{arm}+window" for arm in MAIN))
@@ -65,7 +65,7 @@ def jobs() -> list[Job]:
     add("hop3 match3", tuple(f"{arm}+window" for arm in MAIN))
     add("hop3 match3 copy parity s3", ("window", "hla3", "first_ahla"))
     add("alias join", tuple(f"{arm}+window" for arm in MAIN))
-    add("copy parity s3", ("mesa", "mixed", "first+window", "gdn+window", "hla2+window", "readout+window"))
+    add("copy parity s3", "mesa mixed first+window gdn+window hla2+window readout+window")
     add("s5", ("first", "gdn", "hla2", "ahla", "readout", "softmax"))
     return out
 
