@@ -23,6 +23,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from gdn import GDNAttention
+from mlx.utils import tree_flatten
 from operators import FIRST_AHLA, mesa, registered
 
 from mlx_hla.models.lm import SwiGLU
@@ -137,6 +138,10 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+def one_hot(x: mx.array, n: int) -> mx.array:
+    return (x[..., None] == mx.arange(n)).astype(mx.float32)
+
+
 class Model(nn.Module):
     """Tokens `[B, T]` or vectors `[B, T, F]` to `[B, T, outputs]`: blocks of a mixer and SwiGLU, pre-norm."""
 
@@ -144,13 +149,15 @@ class Model(nn.Module):
         self, arm: str, *, inputs: int, outputs: int, real: bool, layers: int, dims: int, head_dim: int
     ):
         super().__init__()
+        self.real = real
         self.embed = nn.Linear(inputs, dims) if real else nn.Embedding(inputs, dims)
         names = ["window" if "window" in parse(arm)[1] and i % 2 == 0 else arm for i in range(layers)]
         self.layers = [Block(mixer(name, dims, head_dim), dims, 2 * dims) for name in names]
         self.norm, self.head = nn.RMSNorm(dims), nn.Linear(dims, outputs, bias=False)
 
     def __call__(self, x, cache=None):
-        x = self.embed(x)
+        # Rows of the embedding by a product: its gradient needs no scatter.
+        x = self.embed(x) if self.real else one_hot(x, self.embed.weight.shape[0]) @ self.embed.weight
         for i, layer in enumerate(self.layers):
             x = layer(x, None if cache is None else cache[i])
         return self.head(self.norm(x))
@@ -182,6 +189,4 @@ def sizes(model: Model, tokens: int = 256) -> dict[str, Any]:
 
 
 def _leaves(module: nn.Module) -> list[tuple[str, mx.array]]:
-    from mlx.utils import tree_flatten
-
     return tree_flatten(module.trainable_parameters())

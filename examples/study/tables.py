@@ -28,7 +28,7 @@ def rates(one: dict[str, Any]) -> str:
     """The held-out mean over the seeds at every learning rate."""
 
     def mean(row: list[float | None]) -> str:
-        return "–" if None in row or row != row else f"{sum(row) / len(row):.{DIGITS}f}"
+        return "–" if None in row else f"{sum(row) / len(row):.{DIGITS}f}"
 
     return ", ".join(f"{lr:g}: {mean(row)}" for lr, row in zip(one["lrs"], one["held_out"], strict=True))
 

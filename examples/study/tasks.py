@@ -167,7 +167,7 @@ def run(task: Task, arm: str, args: argparse.Namespace) -> dict[str, Any]:
         "curriculum": None if pairs.limits is None else pairs.limits[mine].tolist(),
         "lr": args.lrs[chosen],
         "lrs": args.lrs,
-        "held_out": held_out.tolist(),
+        "held_out": curve["held_out"][-1],
         "curve": curve,
         "about": task.about | {"T": task.T, "classes": None if task.real else task.outputs},
         "model": form | measured,
@@ -182,7 +182,7 @@ def _gpu() -> bool:
     return mx.default_device() == mx.gpu
 
 
-def _table(members: np.ndarray, args: argparse.Namespace) -> list[list[float]]:
+def _table(members: np.ndarray, args: argparse.Namespace) -> list[list[float | None]]:
     """[K] as learning rates by seeds, None where a member is no number any more."""
     rows = members.reshape(len(args.lrs), args.seeds).astype(np.float64)
     return [[float(f"{v:.5g}") if math.isfinite(v) else None for v in row] for row in rows]
@@ -236,6 +236,7 @@ def main() -> None:
         task = task_of(args.task)
     except ValueError as e:
         p.error(str(e))
+    mx.set_cache_limit(4 << 30)  # several processes share a GPU
     for arm in args.arms:
         path = args.out / f"{results.key(task.name, arm, args.head_dim)}.json"
         if path.exists() and not args.again:
