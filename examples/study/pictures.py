@@ -5,7 +5,7 @@
 
 Two pictures of each task: the score of every arm with the range of its seeds and the baselines, and learning
 curves (held-out score at the chosen learning rate, mean over the seeds). Where the number of pairs varies, a
-third one has the score over it, and for regression the error that no learning is needed for.
+third one has the score over it. Results of one task should come from one setting: see tables.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ def style(arm: str) -> dict[str, Any]:
 
     base, *options = arm.split("+")
     dashes = ["-", "--", ":", "-."]
-    return {"color": f"C{list(ARMS).index(base) % 10}", "linestyle": dashes[len(options) % 4], "label": arm}
+    return {
+        "color": plt.get_cmap("tab20")(list(ARMS).index(base)),
+        "linestyle": dashes[len(options) % 4],
+        "label": arm,
+    }
 
 
 def bars(ax: Any, found: list[dict[str, Any]]) -> None:

@@ -5,8 +5,9 @@
     python examples/study/run.py --workers 2 --minutes 1 --out /tmp/x -- --steps 3 --batch 2 --test 64
 
 A job is one arm on one task, `tasks.py TASK --arms ARM`; what stands after `--` goes to every one of them. A
-job starts only if one as long as the longest so far would still end in time, and what runs when the time is
-over is ended: a result is a whole file or none. Results that are there, or in `--have`, are left out.
+job starts only if it would end in time, were it as long as the longest of its task so far, and what runs when
+the time is over is ended: a result is a whole file or none. Results that are there, or in `--have`, are left
+out.
 """
 
 from __future__ import annotations
@@ -99,11 +100,18 @@ def work(todo: list[Job], args: argparse.Namespace) -> tuple[int, int]:
     begin = time.monotonic()
     deadline = begin + 60 * args.minutes
     running: list[Running] = []
-    todo, done, failed, longest = list(todo), 0, 0, 0.0
+    todo, done, failed = list(todo), 0, 0
+    took: dict[str, float] = {}  # the longest of each task's jobs
+
+    def fits(job: Job) -> bool:
+        expected = took.get(job.task, max(took.values(), default=0.0))
+        return time.monotonic() + expected < deadline
+
     try:
         while todo or running:
-            while todo and len(running) < args.workers and time.monotonic() + longest < deadline:
-                running.append(start(todo.pop(0), args.out, args.more))
+            while len(running) < args.workers and (job := next(filter(fits, todo), None)):
+                todo.remove(job)
+                running.append(start(job, args.out, args.more))
             if not running or time.monotonic() >= deadline:
                 break
             time.sleep(0.05)
@@ -111,9 +119,10 @@ def work(todo: list[Job], args: argparse.Namespace) -> tuple[int, int]:
                 running.remove(r)
                 now, good = time.monotonic(), r.process.returncode == 0
                 done, failed = done + good, failed + (not good)
-                longest = max(longest, now - r.since) if good else longest
-                mark = "" if good else "FAILED "
-                print(f"{now - begin:6.1f} s  {mark}{r.job.key}: {last_line(r)}", flush=True)
+                if good:
+                    took[r.job.task] = max(took.get(r.job.task, 0.0), now - r.since)
+                mark = "" if good else f"FAILED {r.job.key}: "
+                print(f"{now - begin:6.1f} s  {mark}{last_line(r)}", flush=True)
                 if args.bundle and good:
                     results.bundle(args.out, args.bundle)
     finally:

@@ -73,7 +73,7 @@ def main_table(found: list[dict[str, Any]]) -> list[str]:
 
 
 def size_table(found: list[dict[str, Any]]) -> list[str]:
-    sizes = list(found[0]["by_size"])
+    sizes = [s for s in found[0]["by_size"] if all(s in r["by_size"] for r in found)]
     lines = [row(["pairs", *sizes]), row(["---"] * (len(sizes) + 1))]
     for r in ordered(found):
         lines.append(row([f"`{r['arm']}`", *(score(r["by_size"][s]) for s in sizes)]))
