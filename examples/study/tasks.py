@@ -130,6 +130,7 @@ def run(task: Task, arm: str, args: argparse.Namespace) -> dict[str, Any]:
     rng = np.random.default_rng((TRAIN, args.data_seed))
     for t in range(1, steps + 1):
         if (t - 1) % BLOCK == 0:
+            mx.eval(recent)  # so that no more than a block of steps is ever under way
             pairs.learn(recent)
             shape, recent = (BLOCK, K, args.batch), []
             drawn = task.make(rng, BLOCK * K * args.batch, pairs.draw(rng, shape))
