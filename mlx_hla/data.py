@@ -35,6 +35,7 @@ TEST_FOLDERS = {"test", "tests", "idle_test", "testmock"}
 GENERATED = ("encodings/", "pydoc_data/", "_sysconfigdata", "config-")
 TEXT_SUFFIXES = (".py", ".pyi", ".txt", ".md", ".rst", ".jsonl")
 PIECE_BYTES = 4 * 2**20  # a longer file is several texts, cut where a line ends
+MAX_REPEAT = 1000
 MAX_CORPUS_BYTES = 2 * 2**30  # it is held in memory, as text and as tokens
 
 
@@ -64,6 +65,7 @@ def load_corpus(
     max_bytes: int | None = None,
     suffix: str | None = None,
     extra: str | Path | None = None,
+    repeat: int = 1,
 ) -> Corpus:
     """Read a folder or file, or the standard library, and split it by file, JSON lines by line.
 
@@ -73,8 +75,10 @@ def load_corpus(
     in .jsonl hold a JSON object a line, of which the field "text" counts.
 
     `extra`: another folder or file, all of it for the training part, less the texts that validate. The split
-    of the rest is the same with it and without, and `max_bytes` does not cut it.
+    of the rest is the same with it and without, and `max_bytes` does not cut it. `repeat`: how often the rest
+    stands in the training part, that it may count for more beside a larger `extra`.
     """
+    check_whole("repeat", repeat, 1, MAX_REPEAT)
     if not 0 < check_number("the validation fraction", valid_fraction) < 1:
         raise InputError(f"the validation fraction must be between 0 and 1, got {valid_fraction}")
     if max_bytes is not None:
@@ -98,11 +102,12 @@ def load_corpus(
     if not train or not valid:
         reason = _missing(root, files, suffixes, skipped, why)
         raise InputError(f"{name}: the corpus is empty or too small to split ({reason})")
+    known = {text.strip() for text in train + valid}
+    train = train * repeat
     if extra is not None:
         root = as_path("extra", extra)
         files = _files(root, suffixes)
         texts, more_skipped, more_why = _read(str(extra), root, files, None)
-        known = {text.strip() for text in train + valid}
         more = [text for _, text in texts if text.strip() not in known]
         if not more:
             reason = _missing(root, files, suffixes, more_skipped, more_why)

@@ -212,6 +212,17 @@ def test_suffix_is_for_extra_too_and_max_bytes_is_not(folder, more):
     assert set(python.train) - set(data.load_corpus(folder, 0.25).train) == {"print('one')\n"}
 
 
+def test_repeat_lets_the_split_texts_count_for_more(folder, more):
+    plain, both = data.load_corpus(folder, 0.25), data.load_corpus(folder, 0.25, extra=more, repeat=3)
+    assert both.valid == plain.valid
+    assert both.train[: 3 * len(plain.train)] == plain.train * 3
+    assert len(both.train) == 3 * len(plain.train) + 3
+    assert both.digest != data.load_corpus(folder, 0.25, extra=more).digest
+    for bad in (0, 1001, 1.5):
+        with pytest.raises(InputError, match="repeat must be"):
+            data.load_corpus(folder, 0.25, repeat=bad)
+
+
 def test_bad_extra(folder, more):
     for bad, match in ((folder / "none", "none: no such file"), ("", "extra must be a path")):
         with pytest.raises(InputError, match=match):

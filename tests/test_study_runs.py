@@ -20,9 +20,7 @@ import tables  # noqa: E402
 import tasks  # noqa: E402
 from ensemble import Ensemble, Settings, class_loss, square_loss  # noqa: E402
 
-import mlx_hla  # noqa: E402
-
-ALONE = [name for name in arms.ARMS if name != "window" or hasattr(mlx_hla.nn, "WindowAttention")]
+ALONE = list(arms.ARMS)
 RECURRENT = [name for name in ALONE if name not in ("softmax", "window")]
 
 

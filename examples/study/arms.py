@@ -15,7 +15,6 @@ window keeps W = D tokens' keys and values. An arm's name may end in options, ea
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +26,7 @@ from mlx.utils import tree_flatten
 from operators import FIRST_AHLA, mesa, registered
 
 from mlx_hla.models.lm import SwiGLU
-from mlx_hla.models.softmax import SoftmaxAttention
-from mlx_hla.nn import DecayGate, HLAttention
+from mlx_hla.nn import DecayGate, HLAttention, SoftmaxAttention, WindowAttention
 
 OPTIONS = ("window", "curriculum", "fixed", "long", "nodecay", "steps", "gate")
 
@@ -55,8 +53,7 @@ def geometry(dims: int, head_dim: int, matrices: int) -> Geometry:
 
 def _higher(operator: str, qk_norm: str = "rms") -> Callable[..., nn.Module]:
     def build(g: Geometry, **options: Any) -> nn.Module:
-        # Coefficients per token and head, where the layer and the operator have them.
-        if operator in ("mixed", "readout") and "coefficients" in inspect.signature(HLAttention).parameters:
+        if operator in ("mixed", "readout"):
             options["coefficients"] = "learned"
         with registered(FIRST_AHLA, mesa()):
             return HLAttention(
@@ -70,17 +67,12 @@ def _gdn(g: Geometry, **options: Any) -> nn.Module:
     return GDNAttention(g.dims, g.heads, head_dim=g.head_dim, **options)
 
 
-def _softmax(g: Geometry, **_: Any) -> nn.Module:
-    return SoftmaxAttention(g.dims, g.heads, head_dim=g.head_dim)
+def _softmax(g: Geometry, output_gate: bool = False, **_: Any) -> nn.Module:
+    return SoftmaxAttention(g.dims, g.heads, head_dim=g.head_dim, output_gate=output_gate)
 
 
 def _window(g: Geometry, output_gate: bool = False, **_: Any) -> nn.Module:
-    try:
-        from mlx_hla.nn import WindowAttention
-    except ImportError:
-        raise ValueError("this mlx_hla has no WindowAttention") from None
-    options = {"output_gate": True} if output_gate else {}
-    return WindowAttention(g.dims, g.heads, head_dim=g.head_dim, window=g.head_dim, **options)
+    return WindowAttention(g.dims, g.heads, head_dim=g.head_dim, window=g.head_dim, output_gate=output_gate)
 
 
 @dataclass(frozen=True)

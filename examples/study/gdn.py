@@ -108,15 +108,11 @@ class GDNAttention(HLAttention):
     def operator(self) -> str:
         return "gdn"
 
-    def _decay_of(self, x):
-        """The decay, or None, and β."""
-        return super()._decay_of(x), mx.sigmoid(x @ self.beta_weight.T + self.beta_bias)
-
-    def _attend(self, q, k, v, decay, mask, segment_ids, carried):
-        if mask is not None or segment_ids is not None:
+    def _attend(self, q, k, v, x, lengths, segment_ids, carried):
+        if lengths is not None or segment_ids is not None:
             raise ValueError("[GDNAttention] takes neither mask nor segment_ids")
-        decay, beta = decay
+        beta = mx.sigmoid(x @ self.beta_weight.T + self.beta_bias)
         state = None if carried.memory is None else GDNState(*carried.memory)
         unit = self.head_dim**-0.5  # "l2" leaves the length √D
-        o, carried.memory = gated_delta(q * self.scale, k * unit, v, beta, decay, state)
+        o, carried.memory = gated_delta(q * self.scale, k * unit, v, beta, self._decay_of(x), state)
         return o

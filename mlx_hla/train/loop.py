@@ -117,7 +117,7 @@ def _check_extra() -> None:
 
 def _read_corpus(settings: TrainConfig) -> data.Corpus:
     s = settings
-    corpus = data.load_corpus(s.data, s.valid_fraction, s.max_bytes, s.suffix, s.extra)
+    corpus = data.load_corpus(s.data, s.valid_fraction, s.max_bytes, s.suffix, s.extra, s.repeat)
     print(corpus.describe(), flush=True)
     return corpus
 

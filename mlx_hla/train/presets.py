@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TypeVar
 
-from mlx_hla.data import parse_suffixes
+from mlx_hla.data import MAX_REPEAT, parse_suffixes
 from mlx_hla.errors import InputError
 from mlx_hla.models import ModelConfig
 from mlx_hla.settings import check_types, check_whole, from_dict, option
@@ -24,6 +24,7 @@ class TrainConfig:
     out: str = option("runs/small", "folder for the model, checkpoints, log and picture")
     data: str | None = option(None, "folder or file of text; none: the Python standard library")
     extra: str | None = option(None, "folder or file of more text to train on; none of it validates")
+    repeat: int = option(1, "times that data stands in the training text, to count for more beside extra")
     tokenizer: str | None = option(None, "a tokenizer.model; none: learn one from the corpus")
     init_from: str | None = option(None, "a model's folder: start from its weights, with its tokenizer")
     suffix: str | None = option(None, "read files that end so, as .swift,.h; none: Python, prose, .jsonl")
@@ -58,6 +59,7 @@ class TrainConfig:
         parse_suffixes(self.suffix)
         for name in ("steps", "batch_size", "accumulate", "valid_every", "save_every", "log_every"):
             check_whole(name, getattr(self, name), 1, MOST)
+        check_whole("repeat", self.repeat, 1, MAX_REPEAT)
         for name in ("warmup", "valid_batches"):
             check_whole(name, getattr(self, name), 0, MOST)
         check_whole("seed", self.seed, 0, 2**32 - 1)
