@@ -5,11 +5,11 @@
 
 Weights are counted as `save` writes them. Nats per byte are those of the held-out files of the standard
 library, in windows of the model's context; rows differ by the weights alone. Tokens per second are those of
-one text after its prompt. The decay gates, convolutions and norms are never quantised; a layer whose width
-is no multiple of the group is not either.
+one text after its prompt. The gates, convolutions and norms are never quantised; a layer whose width is no
+multiple of the group is not either.
 
 The second table has the bytes that a text of so many tokens leaves in the model, beside the keys and values
-that softmax attention of the same sizes keeps, in the same 16-bit type as its weights.
+that softmax attention of the same sizes keeps; keys and values of either are in bfloat16, sums in float32.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ def row(name: str, how: dict | None, scorer_of, tokens: int) -> str:
 
 
 def states() -> list[str]:
-    model, tokenizer = load()
+    model, tokenizer = load(dtype=mx.bfloat16)
     config = model.config
     held = cache_bytes(read(model, [tokenizer.bos_id]).cache)
-    rows = ["| tokens | HLA2 state, MB | softmax keys and values, MB |", "|--:|--:|--:|"]
+    rows = ["| tokens | state of this model, MB | softmax keys and values, MB |", "|--:|--:|--:|"]
     for name, length in LENGTHS.items():
         grown = 2 * 2 * length * config.num_layers * config.kv_heads * config.key_dim
         rows.append(f"| {name} | {held / 1e6:.2f} | {grown / 1e6:,.2f} |")

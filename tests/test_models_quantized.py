@@ -164,5 +164,5 @@ def test_every_preset_can_be_quantised(name):
     assert len(entry_of(model)) == 3
 
 
-def test_the_model_that_ships_is_as_it_was():
-    assert load(PRETRAINED)[0].config.hidden_dims == 688
+def test_the_model_that_ships_has_the_sizes_of_the_preset():
+    assert load(PRETRAINED)[0].config == PRESETS["small"].model

@@ -209,7 +209,7 @@ def test_the_command_line(tmp_path, capsys):
     assert err == ""
     saved, err = text("--prompt", "def fib(n):", "--save-state", state)
     assert err.startswith("mlx-hla: state after ")
-    assert f"tokens in {state}, 0.86 MB" in err
+    assert f"tokens in {state}, 2.44 MB" in err
     assert text("--load-state", state) == (saved, "")
     model, tokenizer = load()
     after = read(model, tokenizer.encode("\n    return"), load_snapshot(state, model))

@@ -94,8 +94,13 @@ def test_settings_refuse_unknown_keys():
         TrainConfig.from_dict({"stepz": 3})
     with pytest.raises(InputError, match="preset must be"):
         preset("huge")
+    with pytest.raises(InputError, match="operator and layers exclude each other"):
+        preset("small", {"operator": "ahla", "layers": ("window", "ahla")})
     assert TrainConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(TrainConfig())))) == TrainConfig()
     assert set(PRESETS) == {"small", "tiny"}
+    assert preset("small")[0].mixers == ("window", "hla2") * 3
+    assert preset("small", {"operator": "ahla"})[0].mixers == ("ahla",) * 6
+    assert preset("small", {"layers": ("window", "ahla", "ahla")})[0].mixers == ("window", "ahla", "ahla") * 2
 
 
 # --- the step

@@ -103,7 +103,11 @@ class Preset:
 
 
 PRESETS = {
-    "small": Preset("5.9 million parameters, trained as the model that ships", ModelConfig(), TrainConfig()),
+    "small": Preset(
+        "5.9 million parameters, windows and HLA2 by turns: the sizes of the model that ships",
+        ModelConfig(layers=("window", "hla2"), window=256, num_heads=2),
+        TrainConfig(),
+    ),
     "tiny": Preset(
         "a try-out: the shapes of Python after about a minute on two CPU cores with OpenBLAS",
         ModelConfig(vocab_size=1024, dims=128, num_layers=1, num_heads=2, hidden_dims=256, context=128),
@@ -128,10 +132,14 @@ PRESETS = {
 def preset(
     name: str, model: dict | None = None, train: dict | None = None
 ) -> tuple[ModelConfig, TrainConfig]:
-    """A preset's settings with some fields replaced."""
+    """A preset's settings with some fields replaced; an operator takes the place of the preset's layers."""
     if not isinstance(name, str) or name not in PRESETS:
         raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {repr(name)[:60]}")
     chosen = PRESETS[name]
+    if isinstance(model, dict) and "operator" in model:
+        if model.get("layers") is not None:
+            raise InputError("operator and layers exclude each other: operator is the mixer of every block")
+        model = {**model, "layers": None}
     return _replaced(chosen.model, model, "model"), _replaced(chosen.train, train, "train")
 
 

@@ -122,6 +122,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "bool": (None, 0, 1, "true", "", 1.0, *STRANGE),
     "str": (None, 3, True, 1.5, *STRANGE[:4]),
     "str | None": (3, True, 1.5, *STRANGE[:4]),
+    "tuple[str, ...] | None": (True, 3, "ahla", [""], ["hla9"], ["ahla", None], ["ahla"] * 600, *STRANGE),
     "str | int": (None, True, 1.5, "", "hla9", 0, -1, 99, 10**30, *STRANGE),
 }
 

@@ -242,6 +242,7 @@ def _setting_rows() -> Iterator[Row]:
         },
     }
     pools = {"int": NOT_WHOLE, "float": NOT_REAL, "bool": NOT_BOOL, "str": NOT_TEXT, "str | int": NOT_REAL}
+    pools["tuple[str, ...]"] = (*NOT_TEXT, "ahla", ["ahla"], (), ("hla9",), ("ahla", 2), ("ahla",) * 600)
     for cls, own in ranges.items():
         for field in dataclasses.fields(cls):
             kind = str(field.type)
@@ -254,7 +255,7 @@ def _setting_rows() -> Iterator[Row]:
                 pool.append(0)
             pool += own.get(field.name, ())
             yield f"{cls.__name__}.{field.name}", partial(_with, cls, field.name), pool
-        yield f"{cls.__name__}.unknown", lambda x, cls=cls: cls(**{x: 1}), ("dim", "layers", "Steps", "")
+        yield f"{cls.__name__}.unknown", lambda x, cls=cls: cls(**{x: 1}), ("dim", "layer", "Steps", "")
     yield "ModelConfig.from_dict", ModelConfig.from_dict, (None, [], 3, "x", {"a": 1}, {3: 1}, {"dims": None})
     yield "ModelConfig.load", ModelConfig.load, (*NOT_PATH, "/", "/no/such", "/dev/zero", "a\0b")
     yield "preset.name", preset, ("", "large", "TINY", None, 3, ["tiny"], b"tiny", {})
