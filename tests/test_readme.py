@@ -21,6 +21,7 @@ PAGES = (
     "metal/README.md",
     "mlx_hla/reference/README.md",
     "mlx_hla/pretrained/README.md",
+    "examples/study/README.md",
     "tests/standin/README.md",
 )
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,6 +28,18 @@ from .padding import packing
 
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {"silu": nn.silu, "sigmoid": mx.sigmoid}
 QK_EPS = 1e-6
+
+
+class SharedOptions(TypedDict, total=False):
+    """Arguments of all mixers, described at `WindowAttention`."""
+
+    num_kv_heads: int | None
+    head_dim: int | None
+    value_dim: int | None
+    qk_norm: str | None
+    conv_size: int | None
+    output_gate: bool | str
+    bias: bool
 
 
 class Mixer(nn.Module):
@@ -43,14 +55,14 @@ class Mixer(nn.Module):
         dims: int,
         num_heads: int,
         *,
-        num_kv_heads: int | None,
-        head_dim: int | None,
-        value_dim: int | None,
-        qk_norm: str | None,
-        conv_size: int | None,
-        rope: bool | float | None,
-        output_gate: bool | str,
-        bias: bool,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        qk_norm: str | None = "rms",
+        conv_size: int | None = 4,
+        rope: bool | float | None = None,
+        output_gate: bool | str = False,
+        bias: bool = False,
     ):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads

@@ -9,11 +9,16 @@ Its cache grows with the text, so a model with such a layer has no constant stat
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import mlx.core as mx
 
 from .cache import KVCache
-from .mixer import Mixer
+from .mixer import Mixer, SharedOptions
 from .padding import runs_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class SoftmaxAttention(Mixer):
@@ -27,28 +32,11 @@ class SoftmaxAttention(Mixer):
         dims: int,
         num_heads: int,
         *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        value_dim: int | None = None,
-        qk_norm: str | None = "rms",
-        conv_size: int | None = 4,
         rope: bool | float | None = True,
-        output_gate: bool | str = False,
-        bias: bool = False,
+        **shared: Unpack[SharedOptions],
     ):
-        super().__init__(
-            dims,
-            num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            value_dim=value_dim,
-            qk_norm=qk_norm,
-            conv_size=conv_size,
-            rope=rope,
-            output_gate=output_gate,
-            bias=bias,
-        )
-        self._check_choice("qk_norm", qk_norm, ("rms", None))
+        super().__init__(dims, num_heads, rope=rope, **shared)
+        self._check_choice("qk_norm", self.qk_norm, ("rms", None))
 
     @property
     def _who(self) -> str:

@@ -16,13 +16,16 @@ buffer is shifted by a token rather than written in a ring: places stay, and att
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 
 from .cache import HLACache
-from .mixer import Mixer
+from .mixer import Mixer, SharedOptions
 from .padding import runs_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class WindowState(NamedTuple):
@@ -57,28 +60,11 @@ class WindowAttention(Mixer):
         num_heads: int,
         *,
         window: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        value_dim: int | None = None,
-        qk_norm: str | None = "rms",
-        conv_size: int | None = 4,
         rope: bool | float | None = True,
-        output_gate: bool | str = False,
-        bias: bool = False,
+        **shared: Unpack[SharedOptions],
     ):
-        super().__init__(
-            dims,
-            num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            value_dim=value_dim,
-            qk_norm=qk_norm,
-            conv_size=conv_size,
-            rope=rope,
-            output_gate=output_gate,
-            bias=bias,
-        )
-        self._check_choice("qk_norm", qk_norm, ("rms", None))
+        super().__init__(dims, num_heads, rope=rope, **shared)
+        self._check_choice("qk_norm", self.qk_norm, ("rms", None))
         self._check_positive(window=window)
         self.window = window
 
