@@ -8,18 +8,18 @@ are compared in the relative Frobenius norm, each on its own, the largest error 
 
 A case passes if nothing is NaN and its error is at most four times the ops path's, within limits by dtype: an
 error that is small for the dtype always passes, a large one never does, whatever the ops path has.
-Times are medians with warm kernels; ratio is ops over kernel.
+Times are medians with warm kernels; ratio is ops over kernel. Last, the verdicts by which `backend=None`
+takes kernels on this machine are found anew and shown, see `ops.proof`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -28,56 +28,13 @@ import numpy as np
 import mlx_hla
 from mlx_hla import kernels, reference
 from mlx_hla.errors import InputError
-from mlx_hla.ops import backend, metal
-from mlx_hla.ops.checks import Dims, canonical_step
-from mlx_hla.ops.operator import Held, Operator, choices, find
-from mlx_hla.transforms import leaves
-
-KINDS = ("forward", "backward", "step", "packed")
-DTYPES = ("float32", "float16", "bfloat16")
-
-# Errors that always pass, and that never do. In half precision the first is two units of roundoff: results
-# are rounded, and so are K̃ and the parts of a gradient between launches. float32 has room for a GPU's fast
-# exp and log and for sums of thousands.
-LEAST = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}
-MOST = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+from mlx_hla.ops import cases as cases_of
+from mlx_hla.ops import proof
+from mlx_hla.ops.cases import DTYPES, KINDS, Case, Shape
+from mlx_hla.ops.operator import Operator, choices, find
+from mlx_hla.verdicts import Verdict, cache_file
 
 REFERENCE_WORK = 2**28  # tokens x heads x D x D above which float64 takes too long
-
-
-@dataclass(frozen=True)
-class Shape:
-    B: int
-    T: int
-    Hq: int
-    Hkv: int
-    D: int
-    DV: int
-
-    def __str__(self) -> str:
-        heads = f"H{self.Hq}" if self.Hq == self.Hkv else f"H{self.Hq}x{self.Hkv}"
-        dims = f"D{self.D}" if self.D == self.DV else f"D{self.D}x{self.DV}"
-        return f"B{self.B}-T{self.T}-{heads}-{dims}"
-
-
-@dataclass(frozen=True)
-class Case:
-    family: str  # an operator's label
-    kind: str  # one of KINDS; packed is a step with the upper triangle of S
-    dtype: str
-    shape: Shape
-
-    @property
-    def kernel(self) -> str:
-        return f"{self.family} {self.kind}" + " step" * (self.kind == "packed")
-
-    @property
-    def operator(self) -> Operator:
-        return find(self.family)
-
-    @property
-    def sequence(self) -> bool:
-        return self.kind in ("forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -129,140 +86,30 @@ def all_cases(sequences=SEQUENCES, steps=STEPS, long=LONG) -> Iterator[Case]:
 # ---- one case
 
 
-def inputs(case: Case) -> tuple[list[mx.array], list[mx.array]]:
-    """(q, k, v, decay and the state's arrays; the gradients that come in), the same at every run."""
-    s, rng = case.shape, np.random.default_rng(0)
-
-    def normal(*shape, dtype="float32"):
-        return mx.array(rng.normal(size=shape), getattr(mx, dtype))
-
-    widths = ((s.Hq, s.D), (s.Hkv, s.D), (s.Hkv, s.DV))
-    arrays = [normal(s.B, s.T, *width, dtype=case.dtype) for width in widths]
-    g = rng.uniform(0.9, 1, (s.B, s.T, s.Hkv))
-    g[:, s.T // 3] = 0 if s.T > 1 else 0.9  # a reset: the state starts anew there
-    state = []
-    for slot in case.operator.slots:
-        x = normal(*slot.shape(Dims(s.B, s.Hq, s.Hkv, s.D, s.DV)))
-        x = x + x.swapaxes(2, 3) if slot.symmetric else 1 + mx.abs(x) if slot.counts else x
-        state.append(x)
-    given = [normal(s.B, s.T, s.Hq, s.DV, dtype=case.dtype), *(normal(*x.shape) for x in state)]
-    return [*arrays, mx.array(g, mx.float32), *state], given
-
-
-Run = Callable[..., list[mx.array]]
-
-
-def _state(operator: Operator, arrays: Sequence, kind: type | None = None):
-    """The operator's state of its slots' arrays; kind: in a class of the same fields."""
-    held = zip((slot.key for slot in operator.slots), map(Held, arrays), strict=True)
-    state = operator.state_of(dict(held))
-    return state if kind is None else kind(*state)
-
-
-def through(case: Case, name: str) -> Run:
-    """The case on a backend."""
-    operator = case.operator
-    options = {"scale": case.shape.D**-0.5, "backend": name}
-
-    def run(q, k, v, g, *state):
-        if case.sequence:
-            o, after = backend.sequence(operator, q, k, v, _state(operator, state), decay=g, **options)
-            return [o, *leaves(after)]
-        token = (x[:, 0] for x in (q, k, v))
-        o, after = backend.step(operator, *token, _state(operator, state), decay=g[:, 0], **options)
-        return [o[:, None], *leaves(after)]
-
-    def packed(q, k, v, g, *state):
-        token = (x[:, 0] for x in (q, k, v))
-        call = canonical_step(operator.name, *token, operator.options, decay=g[:, 0], scale=options["scale"])
-        o, after = metal.step(operator, call, _state(operator, state), packed=True)
-        return [o[:, None], *leaves(after)]
-
-    return packed if case.kind == "packed" and name == "metal" else run
-
-
 def _in_float64(case: Case, arrays, given) -> list[np.ndarray]:
     """The case's results by the reference."""
     q, k, v, g, *state = (np.array(x.astype(mx.float32), np.float64) for x in arrays)
     operator, scale = case.operator, case.shape.D**-0.5
     kind = getattr(reference, operator.state.__name__)
-    start = _state(operator, state, kind)
+    start = cases_of.state_from(operator, state, kind)
     if case.kind != "backward":
         serial = getattr(reference, f"serial_{operator.name}")
         o, last = serial(q, k, v, scale=scale, decay=g, initial_state=start)
         return [o, *(x for x in last if x is not None)]
     do, *dstate = (np.array(x.astype(mx.float32), np.float64) for x in given)
     vjp = getattr(reference, f"vjp_{operator.name}")
-    d = vjp(q, k, v, g, start, do, _state(operator, dstate, kind), scale=scale)
+    d = vjp(q, k, v, g, start, do, cases_of.state_from(operator, dstate, kind), scale=scale)
     return [d["q"], d["k"], d["v"], d["decay"], *(x for x in d["initial_state"] if x is not None)]
 
 
-def _names(case: Case) -> list[str]:
-    states = [slot.key for slot in case.operator.slots]
-    return [f"d{x}" for x in ("q", "k", "v", "g", *states)] if case.kind == "backward" else ["o", *states]
-
-
-def _with_gradients(case: Case, run: Run, given) -> Run:
-    if case.kind != "backward":
-        return run
-    return lambda *arrays: mx.vjp(run, list(arrays), given)[1]
-
-
-def _error(got: Sequence[mx.array], want: Sequence[np.ndarray], names: Sequence[str]) -> tuple[float, str]:
-    """(largest relative error, whose it is)."""
-    worst = (-1.0, "")
-    for x, y, name in zip(got, want, names, strict=True):
-        if tuple(x.shape) != y.shape:
-            raise ValueError(f"{name} is {tuple(x.shape)}, expected {y.shape}")
-        difference = np.array(x.astype(mx.float32), np.float64) - y
-        error = float(np.linalg.norm(difference) / (np.linalg.norm(y) or 1.0))
-        if not error <= worst[0]:  # NaN is the largest
-            worst = (error, name)
-        if np.isnan(error):
-            break
-    return worst
-
-
-def _milliseconds(run: Run, arrays, repeats: int, queue: int) -> float:
-    times = []
-    for _ in range(repeats):
-        mx.synchronize()
-        start = time.perf_counter()
-        mx.eval([run(*arrays) for _ in range(queue)])
-        mx.synchronize()
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times) / queue
-
-
 def run_case(case: Case, repeats: int = 5) -> Result:
-    arrays, given = inputs(case)
     s = case.shape
-    ops = _with_gradients(case, through(case, "mlx"), given)
-    if s.B * s.T * s.Hq * s.D * s.DV <= REFERENCE_WORK:
-        want = _in_float64(case, arrays, given)
-    else:
-        wide = [x.astype(mx.float32) for x in arrays]
-        exact = _with_gradients(case, through(case, "mlx"), [x.astype(mx.float32) for x in given])
-        want = [np.array(x, np.float64) for x in exact(*wide)]
-    ops_error, _ = _error(ops(*arrays), want, _names(case))
-    tolerance = min(max(4 * ops_error, LEAST[case.dtype]), MOST[case.dtype])
-    fast_arrays = list(arrays)
-    if case.kind == "packed":
-        fast_arrays[4] = kernels.pack(fast_arrays[4])
-    kernel = _with_gradients(case, through(case, "metal"), given)
-    nan = float("nan")
-    try:
-        got = kernel(*fast_arrays)
-        mx.eval(got)
-        if case.kind == "packed":
-            got[1] = kernels.unpack(got[1])
-        error, worst = _error(got, want, _names(case))
-    except Exception as e:  # a kernel that cannot be built or run is a result: the others are still wanted
-        what = f"{type(e).__name__}: {' '.join(str(e).split())}"
-        return Result(case, False, nan, tolerance, ops_error, what[:300], nan, nan)
-    queue = 20 if s.T == 1 and repeats > 1 else 1
-    times = [_milliseconds(f, x, repeats, queue) for f, x in ((kernel, fast_arrays), (ops, arrays))]
-    return Result(case, error <= tolerance, error, tolerance, ops_error, worst, *times)
+    exact = s.B * s.T * s.Hq * s.D * s.DV <= REFERENCE_WORK
+    c = cases_of.compare(case, _in_float64(case, *cases_of.inputs(case)) if exact else None)
+    kernel_ms = ops_ms = float("nan")
+    if not math.isnan(c.error):
+        kernel_ms, ops_ms = cases_of.times(case, repeats)
+    return Result(case, c.passed, c.error, c.tolerance, c.ops_error, c.worst, kernel_ms, ops_ms)
 
 
 # ---- the command
@@ -318,7 +165,13 @@ def add_arguments(parser) -> None:
     add("--json", action="store_true", help="print one JSON object instead of the table")
 
 
-def run(args, cases: Sequence[Case] | None = None) -> int:
+def verdict_row(subject: proof.Subject, v: Verdict) -> str:
+    if v.trusted:
+        return f"{subject}: taken, {v.kernel_ms:.3g} ms where the ops need {v.ops_ms:.3g}"
+    return f"{subject}: not taken, {v.why}"
+
+
+def run(args, cases: Sequence[Case] | None = None, subjects: Sequence[proof.Subject] | None = None) -> int:
     """Exit status: 0 if every case passes, 1 if one fails, 2 if there is no Metal device."""
     if args.repeats < 1:
         raise InputError(f"repeats must be at least 1, got {args.repeats}")
@@ -343,8 +196,19 @@ def run(args, cases: Sequence[Case] | None = None) -> int:
         if not args.json:
             print(row(results[-1]), flush=True)
     failed = sum(not r.passed for r in results)
+    found = {
+        s: proof.verdict_of(s, renew=True, warn=False)
+        for s in (proof.subjects() if subjects is None else subjects)
+        if s.family in (args.family or choices()) and s.dtype in (args.dtype or DTYPES)
+    }
     if args.json:
-        print(json.dumps({**here, "failed": failed, "results": [r.as_dict() for r in results]}))
+        about = {str(s): v._asdict() for s, v in found.items()}
+        results_of = [r.as_dict() for r in results]
+        print(json.dumps({**here, "failed": failed, "results": results_of, "verdicts": about}))
     else:
         print(f"{len(results) - failed} passed, {failed} failed")
+        if found:
+            print(f"\nWhat backend=None takes here from now on ({cache_file()}):")
+        for subject, verdict in found.items():
+            print(verdict_row(subject, verdict))
     return int(failed > 0 or not results)

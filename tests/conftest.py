@@ -1,5 +1,6 @@
 """What tests of arrays share: random inputs and comparisons that say how far off a result is."""
 
+import os
 import signal
 
 import mlx.core as mx
@@ -8,6 +9,10 @@ import numpy as np
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A job in the background ignores Ctrl-C, and so would every command that the tests start and stop.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Tests say themselves when kernels are to be proved first; nothing is kept in a user's folder.
+os.environ["MLX_HLA_PROOF"] = "0"
 
 
 def to_numpy(x):

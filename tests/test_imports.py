@@ -16,7 +16,7 @@ ROOT = Path(mlx_hla.__file__).parent
 # A part imports from lower floors, or from its own where ACROSS says so.
 RANKS = [
     {"errors", "files", "settings", "flags", "process", "progress"}
-    | {"devices", "trees", "losses", "transforms", "monoid"},
+    | {"devices", "trees", "losses", "transforms", "monoid", "verdicts"},
     {"kernels", "tokenizer", "reference", "sampling"},
     {"ops", "data"},
     {"nn"},
@@ -29,6 +29,9 @@ ACROSS = {
     ("files", "errors"),
     ("progress", "errors"),
     ("settings", "errors"),
+    ("verdicts", "errors"),
+    ("verdicts", "files"),
+    ("verdicts", "settings"),
     ("settings", "files"),
     ("losses", "errors"),
     ("losses", "devices"),

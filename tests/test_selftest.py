@@ -9,6 +9,7 @@ import pytest
 from standin import metal
 
 from mlx_hla import cli, kernels, selftest
+from mlx_hla.ops import cases
 from mlx_hla.ops.operator import choices
 from mlx_hla.selftest import Case, Shape
 
@@ -54,7 +55,7 @@ def test_cases_cover_every_kernel():
 @needs_standin
 def test_passes(monkeypatch, capsys):
     install(monkeypatch)
-    assert selftest.run(arguments(dtype=["float32"]), TINY) == 0
+    assert selftest.run(arguments(dtype=["float32"]), TINY, ()) == 0
     out, err = capsys.readouterr()
     assert err == ""
     first, head, *rows, last = out.splitlines()
@@ -71,9 +72,9 @@ def test_passes(monkeypatch, capsys):
 @needs_standin
 def test_json(monkeypatch, capsys):
     install(monkeypatch)
-    assert selftest.run(arguments(family=["hla2"], dtype=["bfloat16"], json=True), TINY) == 0
+    assert selftest.run(arguments(family=["hla2"], dtype=["bfloat16"], json=True), TINY, ()) == 0
     result = json.loads(capsys.readouterr().out)
-    assert {"chip", "system", "mlx", "mlx_hla", "python", "failed", "results"} == set(result)
+    assert {"chip", "system", "mlx", "mlx_hla", "python", "failed", "results", "verdicts"} == set(result)
     assert result["failed"] == 0
     assert [r["kernel"] for r in result["results"]] == [
         "hla2 forward",
@@ -92,7 +93,7 @@ def test_json(monkeypatch, capsys):
 @needs_standin
 def test_a_broken_kernel_fails(monkeypatch, capsys):
     install(monkeypatch, *BROKEN)
-    assert selftest.run(arguments(family=["first"], dtype=["float32"]), TINY) == 1
+    assert selftest.run(arguments(family=["first"], dtype=["float32"]), TINY, ()) == 1
     out = capsys.readouterr().out
     assert "first forward" in out
     lines = {line.split("  ")[0]: line for line in out.splitlines()}
@@ -105,7 +106,7 @@ def test_a_broken_kernel_fails(monkeypatch, capsys):
 def test_a_kernel_that_does_not_compile_fails(monkeypatch, capsys):
     install(monkeypatch, "FUNC Place place_of", "FUNC Nothing place_of")
     cases = [Case("first", kind, "float32", TOKEN) for kind in ("step", "forward")]
-    assert selftest.run(arguments(json=True), cases) == 1
+    assert selftest.run(arguments(json=True), cases, ()) == 1
     step, forward = json.loads(capsys.readouterr().out)["results"]
     assert step["error"] is None
     assert step["kernel_ms"] is None
@@ -128,14 +129,14 @@ def test_ops_in_float32_are_the_measure_of_large_cases(monkeypatch):
 def test_errors():
     one = [np.ones((2, 3)), np.ones(4)]
     arrays = [mx.ones((2, 3)), mx.ones(4)]
-    assert selftest._error(arrays, one, "ab") == (0.0, "a")
-    assert selftest._error([arrays[0], arrays[1] * 1.5], one, "ab") == (0.5, "b")
-    error, worst = selftest._error([arrays[0] * mx.nan, arrays[1] * 9], one, "ab")
+    assert cases.error_of(arrays, one, "ab") == (0.0, "a")
+    assert cases.error_of([arrays[0], arrays[1] * 1.5], one, "ab") == (0.5, "b")
+    error, worst = cases.error_of([arrays[0] * mx.nan, arrays[1] * 9], one, "ab")
     assert np.isnan(error)
     assert worst == "a"
     assert not selftest.Result(TINY[0], error <= 1, error, 1, 0, worst, 1, 1).passed
     with pytest.raises(ValueError, match=r"b is \(5,\), expected \(4,\)"):
-        selftest._error([arrays[0], mx.ones(5)], one, "ab")
+        cases.error_of([arrays[0], mx.ones(5)], one, "ab")
 
 
 @pytest.mark.skipif(kernels.metal_available(), reason="there is a Metal device here")

@@ -18,9 +18,9 @@ The interface for `mlx_hla.ops`:
 - A step of hla2 or hla3 with `packed=True` takes and returns the symmetric S as its upper triangle,
   `pack(S)` `[B, Hkv, D (D + 1) / 2]`; `unpack` is the inverse. Nearly half of S's bytes less.
 
-`metal_available()` says whether this machine runs them, `why_not` in words why a call is not served,
-`worthwhile` is the rule for `backend=None`. Nothing is built at import; kernels are made by
-`mx.fast.metal_kernel`, looked up at each call.
+`metal_available()` says whether this machine runs them, `why_not` in words why a call is not served.
+`worthwhile` is the rule for `backend=None` where they are not proved first, see `ops.proof`. Nothing is built
+at import; kernels are made by `mx.fast.metal_kernel`, looked up at each call.
 """
 
 from __future__ import annotations

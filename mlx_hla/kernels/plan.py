@@ -117,14 +117,14 @@ MIN_CHUNK = 16  # tokens, see `worthwhile`
 
 
 def worthwhile(D: int, DV: int, dtype: mx.Dtype) -> bool:
-    """The rule by which `backend=None` takes the kernels for a sequence that they serve (a step always).
+    """The rule by which unproved kernels are taken for a sequence that they serve (for a step always).
 
     Both paths make the same products. The kernels read a tile once a pass where the ops write scores,
     running products and chunk states to memory between their launches, so they move fewer bytes in fewer
     launches at every length and head count. What they can lose by is a short chunk: four barriers and the
     decay's sums for each. So: wherever a chunk of the backward, which stages the most, has `MIN_CHUNK`
-    tokens, which is everywhere but in float32 above 104 columns. Reasoned from counts, not timed: `mlx-hla
-    selftest` prints the ratio on a device, and MLX_HLA_BACKEND=mlx or backend="mlx" overrules.
+    tokens, which is everywhere but in float32 above 104 columns. Reasoned from counts, not timed: where
+    kernels are proved before they are taken, what was timed on the device goes before it.
     """
     return back_shape((D, dtype), (D, dtype), (DV, dtype), (DV, dtype)).width >= MIN_CHUNK
 

@@ -1,9 +1,9 @@
 """Runs an operator: checks, the choice of a backend, its composition where that says.
 
-`backend=None` takes the Metal kernels where `kernels.worthwhile` says so: on an Apple GPU, for sequences that
-`kernels.why_not` does not refuse, and for one token where the operator has a kernel for it. The environment
-variable MLX_HLA_BACKEND=mlx turns them off. `backend="metal"` raises where they cannot serve; nothing falls
-back in silence.
+`backend=None` takes the Metal kernels on an Apple GPU where they have proved themselves (`proof`): for
+sequences that `kernels.why_not` does not refuse, and for one token where the operator has a kernel for it.
+The environment variable MLX_HLA_BACKEND=mlx turns them off. `backend="metal"` raises where they cannot serve;
+nothing falls back in silence.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_hla.errors import InputError
 
 from .. import kernels
-from . import metal
+from . import metal, proof
 from .checks import Call, canonical, canonical_step, choice
 from .operator import Operator
 from .places import Sequence, Token
@@ -32,9 +32,13 @@ def _why_not(call: Call) -> str | None:
 def _preferred(operator: Operator, call: Call) -> bool:
     """The rule for `backend=None` among the calls that the kernels serve."""
     dims = call.dims
-    if call.q.ndim == 3:
-        return kernels.steps(operator.family, dims.Hq // dims.Hkv)
-    return kernels.worthwhile(dims.D, dims.Dv + call.normalize, metal.run_dtype(operator, call))
+    if call.q.ndim == 3 and not kernels.steps(operator.family, dims.Hq // dims.Hkv):
+        return False
+    if proof.asked_for():
+        return proof.trusted(operator, call)
+    return call.q.ndim == 3 or kernels.worthwhile(
+        dims.D, dims.Dv + call.normalize, metal.run_dtype(operator, call)
+    )
 
 
 def _on_metal(operator: Operator, call: Call, backend: str | None) -> bool:
