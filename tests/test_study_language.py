@@ -113,10 +113,11 @@ def test_equal_seeds_begin_equal_and_others_do_not(folder, whole):
 
 
 def test_workers_give_what_one_process_gives(whole, folder, tmp_path):
-    more = ("--arms", "hla2", "softmax", "--workers", "2", "--minutes", "2")
+    """Each takes an arm, and begins again with what was compiled for the first seed."""
+    more = ("--arms", "hla2", "softmax", "--seeds", "0", "1", "--workers", "2", "--minutes", "2")
     assert language.main(flags(folder, tmp_path, *more)) == 0
     found, alone = results(tmp_path), results(whole)
-    assert len(found) == 2
+    assert len(found) == 4
     assert all(result["losses"] == alone[key]["losses"] for key, result in found.items())
 
 

@@ -6,8 +6,9 @@
 
 A run is an arm, a seed, a learning rate and a context. It ends in a JSON file of its own in --out, written
 whole or not at all, so that the same command goes on where it was ended; --bundle puts all of them into one
-file. With --workers N, N runs at a time, each in a process; a run starts only if one as long as the longest
-so far would still end within --minutes, and what runs then is ended. Nothing of the models is saved.
+file. With --workers N, N processes side by side, each with all runs of an arm and a context: what a device
+compiles for the first serves the others. A run starts only if one as long as the longest so far would still
+end within --minutes, and what runs then is ended. Nothing of the models is saved.
 
 Every run of a size sees the same text and tokens, at any context as many a step (--tokens), and those of a
 seed and a context the same batches. An arm is a change to the size's ModelConfig: one of the table in
@@ -49,14 +50,15 @@ def read(out: Path) -> dict[str, dict]:
 
 
 def plan(args: argparse.Namespace) -> list[tuple[Run, dict]]:
-    """The runs that have no result yet: every arm once before any a second time."""
+    """The runs that have no result yet."""
     arms = arms_of(args.arms)
     for arm in arms.values():
         configure(args.size, arm, context=max(args.context))  # a wrong arm is refused before any is trained
     rest = itertools.product(args.context, args.seeds, args.lrs, arms)
     runs = [Run(args.size, arm, seed, lr, context, args.steps) for context, seed, lr, arm in rest]
     done = read(Path(args.out))
-    wanted = [(r, arms[r.arm]) for r in runs if r.key not in done and args.only in (None, r.key)]
+    runs = [r for r in runs if r.key not in done and (args.only is None or r.key in args.only)]
+    wanted = [(r, arms[r.arm]) for r in runs]
     for run, _ in wanted:
         if run.context > args.tokens:
             raise InputError(f"tokens must be at least the context, {run.context}, got {args.tokens}")
@@ -82,30 +84,33 @@ def alone(runs: list[tuple[Run, dict]], args: argparse.Namespace, until: float) 
 
 
 def side_by_side(runs: list[tuple[Run, dict]], args: argparse.Namespace, until: float) -> None:
-    """Up to --workers processes, each with one run; with --devices, CUDA's by turns."""
+    """Up to --workers processes, each with an arm's runs of a context; with --devices, CUDA's by turns."""
     prepare(args)  # what all of them read
-    waiting, longest = list(runs), 0.0
-    busy: dict[subprocess.Popen, tuple[Run, float, int]] = {}
+    groups: dict[tuple[str, int], list[Run]] = {}
+    for run, _ in runs:
+        groups.setdefault((run.arm, run.context), []).append(run)
+    waiting = list(groups.values())
+    busy: dict[subprocess.Popen, tuple[Run, int]] = {}
     try:
         while waiting or busy:
             for process in [p for p in busy if p.poll() is not None]:
-                run, start, _ = busy.pop(process)
-                longest = max(longest, time.time() - start)
+                run, _ = busy.pop(process)
                 if process.returncode:
-                    print(f"{run.key}: failed with status {process.returncode}", flush=True)
-            if time.time() + longest > until and waiting:
-                print(f"{len(waiting)} runs: no time left", flush=True)
+                    print(f"{run.arm}, {run.context}: failed with status {process.returncode}", flush=True)
+            if time.time() > until and waiting:
+                print(f"{sum(map(len, waiting))} runs: no time left", flush=True)
                 waiting = []
             if waiting and len(busy) < args.workers:
-                run, _ = waiting.pop(0)
-                place = min(set(range(args.workers)) - {p for *_, p in busy.values()})
+                group = waiting.pop(0)
+                place = min(set(range(args.workers)) - {p for _, p in busy.values()})
                 environment = dict(os.environ)
                 if args.devices:
                     environment["CUDA_VISIBLE_DEVICES"] = str(place % args.devices)
                 minutes = f"{max(0.001, (until - time.time()) / 60)}"
-                own = ["--only", run.key, "--workers", "1", "--minutes", minutes]  # the last of a flag counts
+                own = ["--workers", "1", "--minutes", minutes]  # the last of a flag counts
+                own += ["--only", *(run.key for run in group)]
                 command = [sys.executable, __file__, *args.argv, *own]
-                busy[subprocess.Popen(command, env=environment)] = run, time.time(), place
+                busy[subprocess.Popen(command, env=environment)] = group[0], place
             elif time.time() > until + 30:
                 break
             else:
@@ -170,7 +175,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--minutes", type=float, default=float("inf"), help="end by then (default: no limit)")
     add("--workers", type=int, default=1, help="runs at a time (default: 1)")
     add("--devices", type=int, default=0, help="CUDA devices for the workers; 0: as it is (default: 0)")
-    add("--only", help="only the run of this name, if it is one of those asked for")
+    add("--only", nargs="+", help="only the runs of these names, of those asked for")
     return parser
 
 

@@ -34,6 +34,7 @@ from mlx_hla.trees import cast, flat
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"vocab_size": 512, "dims": 32, "num_layers": 2, "num_heads": 2, "hidden_dims": 64},
+    "mini": {"vocab_size": 1024, "dims": 128, "num_layers": 4, "num_heads": 2, "hidden_dims": 352},
     "small": {},  # the shipped model's: 5.9 million parameters
     "medium": {"vocab_size": 8192, "dims": 512, "num_layers": 12, "num_heads": 8, "hidden_dims": 1408},
 }
@@ -41,15 +42,19 @@ ARMS: dict[str, dict[str, Any]] = {
     "hla2": {"operator": "hla2"},
     "ahla": {"operator": "ahla"},
     "hla3": {"operator": "hla3"},
-    "mixed": {"operator": "mixed"},
-    "readout": {"operator": "readout"},
+    "mixed": {"operator": "mixed", "coefficients": "learned"},
+    "readout": {"operator": "readout", "coefficients": "learned"},
     "first": {"operator": "first", "matrices": 1},
     "gdn": {"operator": "first", "matrices": 1, "mixer": "gdn"},
     "softmax": {"operator": "softmax"},
     "window": {"layers": ("window",)},
-    "window+hla2": {"layers": ("window", "hla2")},
-    "window+readout": {"layers": ("window", "readout")},
+    "window+first": {"layers": ("window", "first")},
     "window+gdn": {"layers": ("window", "first"), "mixer": "gdn"},
+    "window+hla2": {"layers": ("window", "hla2")},
+    "window+ahla": {"layers": ("window", "ahla")},
+    "window+hla3": {"layers": ("window", "hla3")},
+    "window+mixed": {"layers": ("window", "mixed"), "coefficients": "learned"},
+    "window+readout": {"layers": ("window", "readout"), "coefficients": "learned"},
 }
 BIN, BLOCKS = 64, 40
 
@@ -175,6 +180,30 @@ def by_position(model: LanguageModel, params: dict, text: Text, batch: int, cont
     return out
 
 
+class _Trainer(Trainer):
+    """A trainer that begins again with other weights: what was compiled for it serves them too."""
+
+    def __init__(self, model: LanguageModel, settings: TrainConfig):
+        super().__init__(model, settings)
+        self.model, self.scorer = model, None
+
+    def begin(self, model: LanguageModel, settings: TrainConfig) -> None:
+        fresh = Trainer(model, settings)
+        self.settings, self.params, self.state = settings, fresh.params, fresh.state
+
+
+_kept: dict[tuple, _Trainer] = {}
+
+
+def _trainer(model: LanguageModel, settings: TrainConfig, key: tuple) -> _Trainer:
+    """A trainer of these weights; the one before, where only seed, rate and steps differ."""
+    if key not in _kept:
+        _kept.clear()
+        _kept[key] = _Trainer(model, settings)
+    _kept[key].begin(model, settings)
+    return _kept[key]
+
+
 def state_bytes(model: LanguageModel, params: dict, context: int) -> int:
     cache = model.make_cache()
     with lent(model, params):
@@ -201,7 +230,8 @@ def take(run: Run, arm: dict[str, Any], text: Text, args: argparse.Namespace, un
     mx.reset_peak_memory()
     start = time.perf_counter()
     model = build(config, arm, run.seed)
-    trainer = Trainer(model, settings)
+    trainer = _trainer(model, settings, (run.size, run.arm, run.context, args.accumulate, args.dropout))
+    model = trainer.model
     batches = data.Batches(text.train, batch, run.context, run.seed)
     block, losses, times = max(1, run.steps // BLOCKS), [], [start]
     with progress(run.steps, "step") as one_more:
@@ -242,6 +272,8 @@ def take(run: Run, arm: dict[str, Any], text: Text, args: argparse.Namespace, un
     result["state_bytes"] = state_bytes(model, params, run.context)
     if not diverged:
         options = {"batch_size": batch, "context": run.context, "dtype": dtype}
-        result["nats_per_byte"] = Scorer(model, text.valid, text.sizes, **options)(trainer.params)
+        if trainer.scorer is None:
+            trainer.scorer = Scorer(model, text.valid, text.sizes, **options)
+        result["nats_per_byte"] = trainer.scorer(trainer.params)
         result["positions"] = by_position(model, params, text, batch, run.context)
     return {**result, "seconds": time.perf_counter() - start}
