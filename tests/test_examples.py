@@ -1,5 +1,7 @@
 """The examples that take the command line's options."""
 
+import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -69,3 +71,30 @@ def test_the_quantisation_table_has_every_kind():
         "| 1,048,576 | 1.60 |",
     ):
         assert row in result.stdout
+
+
+def test_the_benchmark_has_its_table_its_file_and_its_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    files = ("--json", tmp_path / "a.json", "--picture", tmp_path / "a.png")
+    small = "--lengths 32 64 --operators first hla2 --heads 2 --dim 8 --seconds 0.001"
+    result = run("benchmark.py", *small.split(), *map(str, files))
+    assert result.returncode == 0, result.stderr
+    title, head, *lines = result.stdout.splitlines()
+    assert "2 heads of 8, float32" in title
+    assert head.split()[:2] == ["T", "decay"]
+    assert [row.split()[:2] for row in lines[:4]] == [[T, d] for T in ("32", "64") for d in ("gate", "none")]
+    assert len(lines) == 8
+    assert all("ahead" in row for row in lines[4:])
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert len(rows) == 8
+    assert all(r["ms"][0] > 0 and r["memory"] > 1 for r in rows)
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_where_two_curves_cross():
+    crossing = runpy.run_path(str(EXAMPLES / "benchmark.py"))["crossing"]
+    assert crossing([1000, 2000], [0.5, 2.0]) == "ahead from about 1,400 tokens on"
+    assert crossing([100, 200], [0.5, 2.0]) == "ahead from about 140 tokens on"
+    assert crossing([100, 200], [1.5, 2.0]) == "ahead from 100 tokens on, the shortest measured"
+    assert crossing([100, 200], [1.5, 0.9]) == "not ahead up to 200 tokens"
+    assert crossing([1000, 2000, 4000], [1.2, 0.8, 1.25]) == "ahead from about 2,800 tokens on"
