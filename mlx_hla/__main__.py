@@ -10,10 +10,12 @@ def main() -> int:
     if usual:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from mlx_hla.cli import main as run
+    from mlx_hla.process import warn_in_a_line
 
     try:
         if usual:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        warn_in_a_line()
         return run()
     except KeyboardInterrupt:
         return 130

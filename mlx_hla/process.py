@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import warnings
 from pathlib import Path
 
 OPENBLAS = ("libopenblas.so.0", "libopenblasp.so.0", "libopenblaso.so.0")
@@ -23,6 +24,19 @@ def open_standard_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no error
+
+
+def warn_in_a_line() -> None:
+    """Show this package's warnings from now on as its commands show errors."""
+    usual = warnings.showwarning
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        if str(message).startswith("mlx-hla"):
+            sys.stderr.write(f"mlx-hla: warning: {' '.join(str(message).split())}\n")
+        else:
+            usual(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
 
 
 def give_up_stdout() -> None:

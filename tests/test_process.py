@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+import warnings
 
 import mlx.core as mx
 import pytest
@@ -19,6 +20,18 @@ def has_openblas():
     except OSError:
         return False
     return True
+
+
+def test_a_warning_of_ours_is_a_line(monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr(warnings, "showwarning", lambda *about: shown.append(about))
+    process.warn_in_a_line()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("mlx-hla's kernels\n are not used", RuntimeWarning, stacklevel=1)
+        warnings.warn("another's", RuntimeWarning, stacklevel=1)
+    assert capsys.readouterr().err == "mlx-hla: warning: mlx-hla's kernels are not used\n"
+    assert [str(message) for message, *_ in shown] == ["another's"]
 
 
 USES = """

@@ -199,9 +199,14 @@ def test_a_crash_is_remembered_and_not_tried_again(monkeypatch):
     died = subprocess.run([sys.executable, "-c", CRASH], capture_output=True, text=True)
     assert died.returncode == 9, died.stderr
     monkeypatch.setattr(proof, "prove", counted := Counted(lambda subject: Verdict(True)))
-    verdict = proof.verdict_of(SEQUENCE)
-    assert not verdict.trusted
-    assert verdict.why == "the process that tried them first did not live to tell"
+    for said in (True, False):  # by the first process after it alone
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            verdict = proof.verdict_of(SEQUENCE)
+        assert not verdict.trusted
+        assert verdict.why == "the process that tried them first did not live to tell"
+        assert len(caught) == said
+        forget(monkeypatch)
     assert counted.calls == 0
     # But a process that lives and is trying is no crash, and the user may try again.
     forget(monkeypatch)

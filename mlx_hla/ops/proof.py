@@ -89,14 +89,18 @@ def subjects() -> list[Subject]:
 def verdict_of(subject: Subject, renew: bool = False, warn: bool = True) -> Verdict:
     """What is known of the kernels here, or found out now."""
     with _lock:
-        if not renew:
-            if (known := _known.get(subject)) is not None:
-                return known
-            kept = verdicts.read(machine()).get(str(subject))
-            if kept is not None and not _under_way(kept):
-                _known[subject] = kept if kept.pid is None else _crashed(kept)
-                return _known[subject]
-        _known[subject] = verdict = _find_out(subject)
+        if not renew and (known := _known.get(subject)) is not None:
+            return known
+        kept = None if renew else verdicts.read(machine()).get(str(subject))
+        if kept is not None and kept.pid is None:
+            _known[subject] = kept
+            return kept
+        if kept is not None and not _under_way(kept):
+            verdict = kept._replace(why="the process that tried them first did not live to tell", pid=None)
+            verdicts.keep(machine(), {str(subject): verdict})
+        else:
+            verdict = _find_out(subject)
+        _known[subject] = verdict
     if warn and not verdict.trusted:
         warnings.warn(in_words(subject, verdict), RuntimeWarning, stacklevel=2)
     return verdict
@@ -105,7 +109,7 @@ def verdict_of(subject: Subject, renew: bool = False, warn: bool = True) -> Verd
 def in_words(subject: Subject, verdict: Verdict) -> str:
     what = "a step" if subject.kind == "step" else "sequences"
     return (
-        f"mlx-hla: its Metal kernels of {subject.family} for {what} in {subject.dtype}, heads up to "
+        f"mlx-hla's Metal kernels of {subject.family} for {what} in {subject.dtype}, heads up to "
         f"{subject.width}, are not used on this machine ({_chip()}): {verdict.why}. Plain MLX ops are. "
         "Please report it with the table of `mlx-hla selftest`, which also tries again; "
         "MLX_HLA_BACKEND=mlx avoids kernels without asking"
@@ -180,10 +184,6 @@ def _under_way(kept: Verdict) -> bool:
     except OSError:
         pass  # it is there, and another user's
     return True
-
-
-def _crashed(kept: Verdict) -> Verdict:
-    return kept._replace(why="the process that tried them first did not live to tell")
 
 
 def _chip() -> str:
