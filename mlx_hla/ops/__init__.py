@@ -14,6 +14,9 @@ mask: `[B, T]` boolean, True for a real token. Any other changes no state and ou
 segment_ids: `[B, T]` integers. The state starts anew at a real token whose id differs from that of the
     real token before it; the first real token continues `initial_state`.
 initial_state: the state that an earlier call returned.
+group: an `mx.distributed` group over whose ranks T is split. Each gives its stretch, in the order of ranks
+    and of any length, with the same options and the same initial_state. The state that comes back is the
+    whole sequence's, on every rank. Not for Algorithm 3.
 backend: None picks the Metal kernels where they serve the call and the plain MLX ops elsewhere; "metal"
     or "mlx" asks for one.
 

@@ -34,6 +34,7 @@ class SharedOptions(StepOptions, total=False):
 
     mask: mx.array | None
     segment_ids: mx.array | None
+    group: Any
 
 
 F = TypeVar("F", bound=Callable)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 import mlx.core as mx
 
 from ..kernels.serve import DTYPES as FLOATS
+from .parallel import last_ids
 from .scan import fuse
 
 
@@ -33,6 +34,8 @@ class Call:
     g is None (no decay) or float32 `[B, T, Hkv]`; a masked token has q = k = v = 0 and g = 1, the first
     token of a segment has g = 0 and is True in starts `[B, T]`. options: the operator's own arguments.
     decay_gradient: the decay came as an array, so it may have a gradient. A step has no T.
+    group: over whose ranks T is split, None where it is not. empty: this rank has no token, and a masked one
+    stands in its place.
     """
 
     op: str
@@ -47,6 +50,8 @@ class Call:
     starts: mx.array | None = None
     decay_gradient: bool = True
     options: Mapping[str, float | mx.array] = field(default_factory=dict)
+    group: Any = None
+    empty: bool = False
 
     @property
     def dims(self) -> Dims:
@@ -70,6 +75,9 @@ class Call:
 
     def result(self, o: mx.array) -> mx.array:
         """o in the dtype of q; normalising, divided by its last column (Eq. 3.4)."""
+        if self.empty:
+            o = o[:, :0]
+            return (o[..., :-1] if self.normalize else o).astype(self.q.dtype)
         if not self.normalize:
             return o.astype(self.q.dtype)
         o = o.astype(mx.float32)
@@ -198,16 +206,25 @@ def _own(
     return out
 
 
-def _segment_starts(segment_ids: mx.array, mask: mx.array | None) -> mx.array:
-    """True at a real token whose id differs from the id of the real token before it."""
-    before = mx.pad(segment_ids[:, :-1], [(0, 0), (1, 0)])
-    first = mx.arange(segment_ids.shape[1])[None] == 0
-    if mask is None:
-        return mx.logical_and(segment_ids != before, mx.logical_not(first))
-    where = mx.where(mask, mx.arange(mask.shape[1])[None], -1)
+def _segment_starts(segment_ids: mx.array, mask: mx.array | None, group: Any = None) -> mx.array:
+    """True at a real token whose id differs from the id of the real token before it, if there is one."""
+    real = mx.ones(segment_ids.shape, mx.bool_) if mask is None else mask
+    where = mx.where(real, mx.arange(real.shape[1])[None], -1)
     last = mx.pad(mx.cummax(where, axis=1)[:, :-1], [(0, 0), (1, 0)], constant_values=-1)
     before = mx.take_along_axis(segment_ids, mx.maximum(last, 0), axis=1)
-    return mx.logical_and(mx.logical_and(mask, last >= 0), segment_ids != before)
+    follows = last >= 0
+    if group is not None:  # the first ones follow a token of an earlier rank
+        earlier, there = (x[:, None] for x in last_ids(segment_ids, mask, group))
+        before = mx.where(follows, before, earlier)
+        follows = mx.logical_or(follows, there)
+    return mx.logical_and(mx.logical_and(real, follows), segment_ids != before)
+
+
+def _one_masked(x: Any, B: int, fill: float = 0.0) -> Any:
+    """An argument `[B, 0, ..]` of a call without a token, with room for a masked one; others as they are."""
+    if not isinstance(x, mx.array) or x.ndim < 2 or x.shape[:2] != (B, 0):
+        return x
+    return mx.pad(x, [(0, 0), (0, 1), *[(0, 0)] * (x.ndim - 2)], constant_values=fill)
 
 
 def canonical(
@@ -224,8 +241,18 @@ def canonical(
     eps: float = 1e-6,
     mask: mx.array | None = None,
     segment_ids: mx.array | None = None,
+    group: Any = None,
 ) -> Call:
     """Check one call over a sequence and fold mask and segments into q, k, v, the decay and the options."""
+    if group is not None and not isinstance(group, mx.distributed.Group):
+        fail(op, "group must be None or an mx.distributed.Group", type(group).__name__)
+    group = None if group is None or group.size() == 1 else group
+    empty = group is not None and isinstance(q, mx.array) and q.ndim == 4 and q.shape[1] == 0
+    if empty:
+        own: Any = (q, k, v, decay, segment_ids)
+        q, k, v, decay, segment_ids = (_one_masked(x, q.shape[0], 1.0 if x is decay else 0.0) for x in own)
+        given = {name: _one_masked(x, q.shape[0]) for name, x in (given or {}).items()}
+        mask = mx.zeros((q.shape[0], 1), mx.bool_)
     call = _checked(op, q, k, v, "T, ", options, given, scale, decay, normalize, eps)
     B, T = call.q.shape[:2]
     for name, x in (("mask", mask), ("segment_ids", segment_ids)):
@@ -246,10 +273,10 @@ def canonical(
         }
         call = replace(call, q=q, k=k, v=v, g=g, options=own, mask=mask)
     if segment_ids is not None:
-        starts = _segment_starts(segment_ids, mask)
+        starts = _segment_starts(segment_ids, mask, group)
         g = mx.ones((B, T, k.shape[2]), dtype=mx.float32) if g is None else g
         call = replace(call, g=mx.where(starts[..., None], 0.0, g), starts=starts)
-    return call
+    return call if group is None else replace(call, group=group, empty=empty)
 
 
 def canonical_step(

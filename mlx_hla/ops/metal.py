@@ -26,21 +26,26 @@ class MetalSequence(Tokens):
         self.dtype = run_dtype(operator, call)
         self.q, self.k, self.v = (x.astype(self.dtype) for x in (call.q, call.k, call.values))
 
-    def la(self, slot, q, k, v, *, power=1, scale=None, last=False):
-        o, self.after[slot] = kernels.linear(
+    def _pass(self, first, q, k, v, *, power, scale, last):
+        return kernels.linear(
             q,
             k,
             v,
             self.call.g,
-            self.before.get(slot),
-            scale=self.call.scale if scale is None else scale,
+            first,
+            scale=scale,
             power=power,
             dtype=self.dtype if last else kernels.between(self.dtype),
             decay_gradient=self.call.decay_gradient,
         )
-        return o
+
+    def _through(self, state, power):
+        g = self.call.g
+        whole = mx.ones((self.dims.B, self.dims.Hkv)) if g is None else mx.prod(g, axis=1) ** power
+        return mx.repeat(whole, state.shape[1] // self.dims.Hkv, axis=1)[..., None, None]
 
     def la_before(self, slot, q, k, v):
+        self._check_alone()
         k, v = earlier(k), None if v is None else earlier(v)
         g = None if self.call.g is None else earlier(self.call.g, 1.0)
         first = self.before.get(slot)
@@ -63,7 +68,8 @@ class MetalSequence(Tokens):
         return self.call.result(o)
 
     def run(self):
-        if not kernels.fuses(self.operator.family, self.dims.D, self.v.shape[-1]):
+        fuses = kernels.fuses(self.operator.family, self.dims.D, self.v.shape[-1])
+        if not fuses or self.call.group is not None:
             return super().run()
         before = self.before or self._zeros()
         options = {name: number(self.call, name) for name in self.call.options}

@@ -21,8 +21,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..devices import on_gpu
-from .checks import Call
+from .checks import Call, fail
 from .operator import Held, Operator
+from .parallel import Turns
 from .primitive import chunked_la
 from .scan import make_decay
 
@@ -47,6 +48,7 @@ class Place(ABC):
         held = {} if state is None else operator.held(state)
         self.before = {key: self._enter(x) for key, x in held.items()}
         self.after: dict[str, mx.array] = {}
+        self.turns = None if call.group is None else Turns(call.group)
 
     @abstractmethod
     def la(
@@ -139,15 +141,16 @@ class Tokens(Place):
         B, T = call.q.shape[:2]
         real = mx.ones((B, T)) if call.mask is None else call.mask.astype(mx.float32)
         first = None if first is None else self._leave(first)
-        if call.g is None:
+        if call.g is None and call.group is None:
             start = mx.zeros((B, self.dims.Hkv)) if first is None else first
             n = mx.cumsum(real, axis=1)[..., None] + start[:, None]
             last = n[:, -1]
         else:  # the pass on q = k = v = 1
             k = mx.broadcast_to(real[..., None, None], (B, T, self.dims.Hkv, 1))
             one = mx.ones_like(k)
-            ones = replace(call, q=one, k=k, v=one, scale=1.0, normalize=False, options={})
+            ones = replace(call, q=one, k=k, v=one, scale=1.0, normalize=False, options={}, empty=False)
             place = Sequence(self.operator, ones, None)
+            place.turns = self.turns
             if first is not None:
                 place.before[slot] = first[..., None, None, None]
             n = place.result(place.la(slot, place.q, place.k, place.v))[..., 0]
@@ -164,6 +167,31 @@ class Tokens(Place):
     def coefficient(self, name: str) -> float | mx.array:
         value = self.call.options[name]
         return value if isinstance(value, float) else self._token_heads(value)
+
+    @abstractmethod
+    def _pass(
+        self, first: mx.array | None, q: mx.array, k: mx.array, v: mx.array | None, **options: Any
+    ) -> tuple[mx.array, mx.array]:
+        """(o, the state after the last token) of a pass from the state `first`; options as `la` has them."""
+
+    @abstractmethod
+    def _through(self, state: mx.array, power: int) -> mx.array:
+        """Π_t g_t^power, in a shape that multiplies this state."""
+
+    def la(self, slot, q, k, v, *, power=1, scale=None, last=False):
+        options = {"power": power, "scale": self.call.scale if scale is None else scale, "last": last}
+        first = self.before.get(slot)
+        if self.turns is None:
+            o, self.after[slot] = self._pass(first, q, k, v, **options)
+            return o
+        # Of the stretch alone nobody reads o, so that only its state is computed.
+        own = self._pass(None, q, k, v, **options)[1]
+        first, self.after[slot] = self.turns.joined(first, own, self._through(own, power))
+        return self._pass(first, q, k, v, **options)[0]
+
+    def _check_alone(self) -> None:
+        if self.call.group is not None:
+            fail(self.call.op, "group must be None: this variant reads states before their tokens", "a group")
 
 
 class _Grouped(Place):
@@ -216,14 +244,16 @@ class Sequence(Tokens, _Grouped):
     def _token_heads(self, x: mx.array) -> mx.array:
         return self._chunks(x[..., None], mx.float32, fill=1.0)  # somebody may divide by it
 
-    def la(self, slot, q, k, v, *, power=1, scale=None, last=False):
-        scale = self.call.scale if scale is None else scale
-        o, self.after[slot] = chunked_la(
-            q, k, k if v is None else v, self.decay, self.before.get(slot), scale, power
-        )
-        return o
+    def _pass(self, first, q, k, v, *, power, scale, last):
+        return chunked_la(q, k, k if v is None else v, self.decay, first, scale, power)
+
+    def _through(self, state, power):
+        g = self.call.g
+        whole = mx.ones((self.dims.B, self.dims.Hkv)) if g is None else mx.prod(g, axis=1) ** power
+        return whole[..., None, None, None]
 
     def la_before(self, slot, q, k, v):
+        self._check_alone()
         decay = None
         if self.g is not None:
             decay = make_decay(self._earlier(self.g[..., None, :, None], 1.0)[..., 0, :, 0])

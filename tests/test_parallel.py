@@ -1,0 +1,47 @@
+"""A sequence split over real processes: values, states and gradients equal those of the whole one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+import mlx_hla
+from mlx_hla.ops.operator import OPERATORS
+
+SCRIPT = Path(__file__).with_name("parallel_ranks.py")
+
+
+def launch(ranks, *args):
+    launcher = Path(sys.executable).with_name("mlx.launch")
+    if not launcher.exists():
+        pytest.skip("mlx.launch is not beside this Python")
+    command = [launcher, "-n", str(ranks), "--backend", "ring", "--", sys.executable, SCRIPT, *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_every_operator_on_ranks(ranks):
+    done = launch(ranks)
+    said = done.stdout + done.stderr
+    assert said.count(" done") == ranks, said[-3000:]
+
+
+def test_a_group_of_one_is_none():
+    done = subprocess.run([sys.executable, SCRIPT, "hla2"], capture_output=True, text=True, timeout=120)
+    assert "rank 0 done" in done.stdout, done.stderr
+
+
+def test_every_operator_is_among_them():
+    source = SCRIPT.read_text()
+    names = {operator.name for operator in OPERATORS.values()}
+    assert all(f"mlx_hla.{name}," in source for name in names), names
+
+
+def test_what_is_no_group_is_refused():
+    q = mx.ones((1, 2, 1, 4))
+    with pytest.raises(ValueError, match=r"\[hla2\] group must be None or an mx.distributed.Group, got int"):
+        mlx_hla.hla2(q, q, q, group=3)
+    with pytest.raises(ValueError, match=r"q must not be empty"):
+        mlx_hla.hla2(q[:, :0], q[:, :0], q[:, :0], group=mx.distributed.init())
