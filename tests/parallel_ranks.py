@@ -1,5 +1,6 @@
 """Run by `mlx.launch` on every rank: operators over a split sequence beside the whole. See test_parallel."""
 
+import copy
 import itertools
 import os
 import sys
@@ -10,6 +11,8 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 import mlx_hla
+from mlx_hla.models import LanguageModel, ModelConfig
+from mlx_hla.nn import HLAttention, SoftmaxAttention, WindowAttention
 
 CALLS = {
     "first": (mlx_hla.linear_attention, {}),
@@ -125,6 +128,101 @@ def run(name, case, lengths, group):
     return worst
 
 
+LAYERS = {
+    "hla": {"operator": "hla2", "num_kv_heads": 2},
+    "rope": {"operator": "first", "rope": True, "conv_size": 3},
+    "plain": {"operator": "ahla", "conv_size": 0},
+    "turned": {"operator": "readout", "conv_size": 0, "rope": True, "coefficients": "learned"},
+    "window": {"window": 6, "num_kv_heads": 2},
+    "wide": {"window": 40, "conv_size": 0},
+}
+LAYER_CASES = [
+    {},
+    {"carried": True},
+    {"mask": True, "carried": True},
+    {"segments": True},
+    {"mask": True, "segments": True, "carried": True},
+]
+
+
+def layer(name):
+    mx.random.seed(4)
+    options = LAYERS[name]
+    kind = WindowAttention if "window" in options else HLAttention
+    made = kind(16, 4, **options)
+    for gate in ("decay_gate", "step_gate"):
+        if gate in made:
+            made[gate].weight = 0.3 * mx.random.normal(made[gate].weight.shape)
+    return made
+
+
+def run_layer(name, case, lengths, group):
+    """As `run`, of a layer: outputs, caches, gradients of inputs and, over the ranks, of parameters."""
+    rank, T = group.rank(), sum(lengths)
+    rng = np.random.default_rng(len(name) + 10 * T)
+    x, target = (mx.array(rng.normal(size=(2, T, 16)).astype(np.float32)) for _ in range(2))
+    mask = mx.array(rng.random((2, T)) < 0.6) if case.get("mask") else None
+    ids = mx.array(np.cumsum(rng.random((2, T)) < 0.1, axis=1)) if case.get("segments") else None
+    begin = sum(lengths[:rank])
+    stretch = slice(begin, begin + lengths[rank])
+    more = mx.array(rng.normal(size=(2, 5, 16)).astype(np.float32))
+
+    def both(x, target, mask, ids, group):
+        made = layer(name)
+        cache = made.make_cache()
+        if case.get("carried"):
+            made(more, cache=cache)
+
+        def loss(params, x):
+            made.update(params)
+            held = copy.copy(cache)
+            y = made(x, mask, ids, held, group)
+            return (y * target).sum(), (y, held)
+
+        params = made.trainable_parameters()
+        (_, (y, held)), (d_params, dx) = mx.value_and_grad(loss, argnums=(0, 1))(params, x)
+        d_params = dict(tree_flatten(d_params))
+        mx.eval(y, dx, d_params)
+        if group is not None:  # one after the other, in one order
+            for key in sorted(d_params):
+                d_params[key] = mx.distributed.all_sum(d_params[key], group=group)
+                mx.eval(d_params[key])
+        made.update(params)
+        after = made(more, cache=held)  # what the cache says of what comes next
+        return {"y": y, "dx": dx}, {**d_params, "after": after}
+
+    def split(a):
+        return None if a is None else a[:, stretch]
+
+    got, got_whole = both(split(x), split(target), split(mask), split(ids), group)
+    want, want_whole = both(x, target, mask, ids, None)
+    pairs = [(k, got[k], split(want[k]), want[k]) for k in got]
+    pairs += [(k, got_whole[k], want_whole[k], want_whole[k]) for k in got_whole]
+    worst = (0.0, "")
+    for key, a, b, whole in pairs:
+        assert a.shape == b.shape, (name, case, key, a.shape, b.shape)
+        if a.size:
+            scale = max(1e-6, np.abs(np.array(whole)).max())
+            worst = max(worst, (float(np.abs(np.array(a) - np.array(b)).max() / scale), key))
+    return worst
+
+
+def run_model(lengths, group):
+    config = ModelConfig(
+        vocab_size=50, dims=32, num_layers=4, num_heads=2, hidden_dims=40, layers=("window", "hla2"), window=9
+    )
+    model, T, rank = LanguageModel(config, seed=1), sum(lengths), group.rank()
+    tokens = mx.random.randint(0, 50, (2, T), key=mx.random.key(3))
+    begin = sum(lengths[:rank])
+    cache, whole = model.make_cache(), model.make_cache()
+    got = model(tokens[:, begin : begin + lengths[rank]], cache, group=group)
+    mx.eval(got, [c.state for c in cache])
+    want = model(tokens, whole)[:, begin : begin + lengths[rank]]
+    then = model(tokens[:, :3], cache), model(tokens[:, :3], whole)
+    error = max((float(mx.abs(a - b).max()) for a, b in ((got, want), then) if a.size), default=0.0)
+    return error, "logits"
+
+
 def main():
     launched = "MLX_RANK" in os.environ
     group = mx.distributed.init(strict=True, backend="ring") if launched else mx.distributed.init()
@@ -136,12 +234,24 @@ def main():
         error, where = run(name, case, lengths, group)
         print(f"rank {group.rank()} {name} {case}: {error:.1e} {where}", flush=True)
         assert error < 1e-5, (name, case, error, where)
+    if not sys.argv[1:]:
+        # Four processes on two cores wait for each other: there a part of them has to do.
+        cases = LAYER_CASES if group.size() < 4 else LAYER_CASES[-1:]
+        for name, case in itertools.product(LAYERS, cases):
+            error, where = run_layer(name, case, lengths, group)
+            print(f"rank {group.rank()} {name} {case}: {error:.1e} {where}", flush=True)
+            assert error < 2e-5, (name, case, error, where)  # gains of norms: sums that nearly cancel
+        error, _ = run_model(lengths, group)
+        print(f"rank {group.rank()} model: {error:.1e}", flush=True)
+        assert error < 1e-4, error
     if group.size() > 1:
         q = mx.ones((1, 2, 1, 4))
         with pytest.raises(
             ValueError, match=r"\[hla3\] group must be None: this variant reads states before"
         ):
             mlx_hla.hla3(q, q, q, convention="paper", group=group)
+        with pytest.raises(ValueError, match=r"\[SoftmaxAttention\] group must be None: it looks at every"):
+            SoftmaxAttention(16, 4)(mx.ones((1, 2, 16)), group=group)
     print(f"rank {group.rank()} done", flush=True)
 
 

@@ -8,6 +8,9 @@ import mlx.core as mx
 import pytest
 
 import mlx_hla
+from mlx_hla.errors import InputError
+from mlx_hla.models import LanguageModel, ModelConfig
+from mlx_hla.nn import HLAttention
 from mlx_hla.ops.operator import OPERATORS
 
 SCRIPT = Path(__file__).with_name("parallel_ranks.py")
@@ -22,7 +25,7 @@ def launch(ranks, *args):
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_every_operator_on_ranks(ranks):
+def test_operators_layers_and_a_model_on_ranks(ranks):
     done = launch(ranks)
     said = done.stdout + done.stderr
     assert said.count(" done") == ranks, said[-3000:]
@@ -39,7 +42,17 @@ def test_every_operator_is_among_them():
     assert all(f"mlx_hla.{name}," in source for name in names), names
 
 
+def test_a_checkpointed_model_takes_no_group():
+    config = ModelConfig(vocab_size=20, dims=16, num_layers=1, num_heads=2, hidden_dims=16)
+    with pytest.raises(InputError, match="checkpoint does not go with a group"):
+        LanguageModel(config)(mx.zeros((1, 2), mx.int32), checkpoint=True, group=mx.distributed.init())
+
+
 def test_what_is_no_group_is_refused():
+    with pytest.raises(
+        ValueError, match=r"\[HLAttention\] group must be None or an mx.distributed.Group, got s"
+    ):
+        HLAttention(16, 2)(mx.ones((1, 2, 16)), group="ring")
     q = mx.ones((1, 2, 1, 4))
     with pytest.raises(ValueError, match=r"\[hla2\] group must be None or an mx.distributed.Group, got int"):
         mlx_hla.hla2(q, q, q, group=3)

@@ -72,8 +72,8 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.dims, eps=config.norm_eps)
         self.mlp = SwiGLU(config.dims, config.hidden_dims)
 
-    def __call__(self, x, mask=None, segment_ids=None, cache=None, dropout=0.0, keys=None):
-        y = self.mixer(self.mixer_norm(x), mask, segment_ids, cache)
+    def __call__(self, x, mask=None, segment_ids=None, cache=None, dropout=0.0, keys=None, group=None):
+        y = self.mixer(self.mixer_norm(x), mask, segment_ids, cache, group)
         x = x + (_dropout(y, dropout, keys[0]) if dropout else y)
         y = self.mlp(self.mlp_norm(x))
         return x + (_dropout(y, dropout, keys[1]) if dropout else y)
@@ -138,6 +138,7 @@ class LanguageModel(nn.Module):
         dropout: float = 0.0,
         key: mx.array | None = None,
         checkpoint: bool = False,
+        group: Any = None,
     ) -> mx.array:
         """tokens [B, T], from 0 to V - 1, to logits [B, T, V].
 
@@ -147,19 +148,33 @@ class LanguageModel(nn.Module):
 
         cache: from `make_cache`, updated in place. mask, segment_ids: [B, T], as the mixer takes them.
         For training: `dropout` after every mixer and MLP, drawn from `key` and from nothing else; with
-        `checkpoint` a block keeps its input only and is computed again in the backward pass.
+        `checkpoint` a block keeps its input only and is computed again in the backward pass. `group`: over
+        whose ranks the tokens are split, as the mixers take it; then a rank may have none.
         """
-        check_tokens("[LanguageModel] tokens", tokens, self.config.vocab_size)
-        return self.logits(tokens, cache, mask, segment_ids, dropout=dropout, key=key, checkpoint=checkpoint)
+        if group is None or not isinstance(tokens, mx.array) or tokens.ndim != 2 or tokens.shape[1]:
+            check_tokens("[LanguageModel] tokens", tokens, self.config.vocab_size)
+        options: Any = {"dropout": dropout, "key": key, "checkpoint": checkpoint, "group": group}
+        return self.logits(tokens, cache, mask, segment_ids, **options)
 
     def logits(self, tokens: mx.array, *arguments, **options) -> mx.array:
         """As the call, of ids that are known to be in range."""
         return self.embedding.as_linear(self.features(tokens, *arguments, **options))
 
     def features(
-        self, tokens, cache=None, mask=None, segment_ids=None, *, dropout=0.0, key=None, checkpoint=False
+        self,
+        tokens,
+        cache=None,
+        mask=None,
+        segment_ids=None,
+        *,
+        dropout=0.0,
+        key=None,
+        checkpoint=False,
+        group=None,
     ) -> mx.array:
         """What the logits are a linear map of, [B, T, dims]; of ids that are known to be in range."""
+        if group is not None and checkpoint:
+            raise InputError("[LanguageModel] checkpoint does not go with a group")
         if not 0 <= check_number("[LanguageModel] dropout", dropout) < 1:
             raise InputError(f"[LanguageModel] dropout must be from 0 to below 1, got {dropout}")
         if dropout and not (isinstance(key, mx.array) and key.dtype == mx.uint32 and key.shape == (2,)):
@@ -177,7 +192,7 @@ class LanguageModel(nn.Module):
         for i, layer in enumerate(self.layers):
 
             def run(x, layer=layer, cache=None if cache is None else cache[i], keys=keys[i]):
-                return layer(x, mask, segment_ids, cache, dropout, keys)
+                return layer(x, mask, segment_ids, cache, dropout, keys, group)
 
             x = _checkpointed(layer, run, x) if checkpoint else run(x)
         return self.norm(x)

@@ -165,10 +165,10 @@ class HLAttention(Mixer):
     def make_cache(self) -> HLACache:
         return HLACache()
 
-    def _attend(self, q, k, v, x, lengths, segment_ids, carried):
+    def _attend(self, q, k, v, x, lengths, segment_ids, carried, split=None):
         """The operator, from the carried memory and into it."""
         if self.rope is not None:
-            q, k = (a.astype(v.dtype) for a in self._rotate(q, k, lengths, carried))
+            q, k = (a.astype(v.dtype) for a in self._rotate(q, k, lengths, carried, split))
         decay = self._decay_of(x)
         own = self._coefficients(x, decay)
         memory = self._operator.restore(carried.memory)
@@ -178,7 +178,7 @@ class HLAttention(Mixer):
             "backend": self.backend,
         }
         # A segment border takes two tokens of one call, so a single token has none.
-        if q.shape[1] == 1 and lengths is None:
+        if q.shape[1] == 1 and lengths is None and split is None:
             decay = decay[:, 0] if self.decay == "gate" else decay
             own = {name: a[:, 0] if isinstance(a, mx.array) else a for name, a in own.items()}
             token = (x[:, 0] for x in (q, k, v))
@@ -186,10 +186,12 @@ class HLAttention(Mixer):
             return o[:, None]
         mask = None if lengths is None else mx.arange(q.shape[1]) < lengths[:, None]
         options |= {"mask": mask, "segment_ids": segment_ids}
+        if split is not None:
+            options["group"] = split.group
         o, carried.memory = run.sequence(self._operator, q, k, v, memory, own, decay=decay, **options)
         return o
 
-    def _rotate(self, q, k, lengths, carried):
+    def _rotate(self, q, k, lengths, carried, split=None):
         """Positions count the real tokens of the whole stream.
 
         They do not start again at a segment: the operators see differences of positions only.
@@ -197,7 +199,11 @@ class HLAttention(Mixer):
         B, T = q.shape[:2]
         check_array("HLAttention", "cache.offset", "integers", carried.offset, (B,), mx.integer)
         offset = mx.zeros((B,), mx.int32) if carried.offset is None else carried.offset
-        carried.offset = offset + (T if lengths is None else lengths)
+        if split is None:
+            carried.offset = offset + (T if lengths is None else lengths)
+        else:
+            before, tokens = split.tokens()
+            offset, carried.offset = offset + before, offset + tokens
 
         def rotate(a):
             return self._rotated(a.transpose(0, 2, 1, 3), offset).transpose(0, 2, 1, 3)

@@ -25,6 +25,7 @@ from .cache import Cache
 from .conv import ShortConv
 from .inputs import check_array, check_input
 from .padding import packing
+from .stretches import Stretches
 
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {"silu": nn.silu, "sigmoid": mx.sigmoid}
 QK_EPS = 1e-6
@@ -132,11 +133,12 @@ class Mixer(nn.Module):
         lengths: mx.array | None,
         segment_ids: mx.array | None,
         carried: Any,
+        split: Stretches | None = None,
     ) -> mx.array:
         """q [B, T, Hq, D], k [B, T, Hkv, D], v [B, T, Hkv, Dv] to o [B, T, Hq, Dv].
 
         lengths [B]: the leading tokens that are real, or None for all; carried: what to continue, and to
-        leave as it is after these tokens.
+        leave as it is after these tokens. split: what other ranks have of the sequence, or None.
         """
         raise NotImplementedError
 
@@ -146,6 +148,7 @@ class Mixer(nn.Module):
         mask: mx.array | None = None,
         segment_ids: mx.array | None = None,
         cache: Any = None,
+        group: Any = None,
     ) -> mx.array:
         """x [B, T, dims] to [B, T, dims].
 
@@ -153,8 +156,20 @@ class Mixer(nn.Module):
         segment_ids [B, T], integers: memory and convolution start afresh where the id changes from one real
         token to the next. The first real token of a call continues the cache.
         cache: read, and updated in place, so that the next call continues this one.
+        group: an `mx.distributed` group over whose ranks T is split, see `mlx_hla.ops`: x, mask and
+        segment_ids are this rank's, the cache is that of the whole sequence, the same on every rank. A
+        gradient of a parameter is this rank's part of it.
         """
         fresh = self.make_cache()
+        if group is not None and not isinstance(group, mx.distributed.Group):
+            got = type(group).__name__
+            raise ValueError(f"[{self._who}] group must be None or an mx.distributed.Group, got {got}")
+        group = None if group is None or group.size() == 1 else group
+        if group is not None and isinstance(x, mx.array) and x.ndim == 3 and x.shape[1] == 0:
+            # A masked token in the place of none.
+            x, no = mx.pad(x, [(0, 0), (0, 1), (0, 0)]), mx.zeros((x.shape[0], 1), mx.bool_)
+            ids = None if segment_ids is None else mx.zeros(no.shape, segment_ids.dtype)
+            return self(x, no, ids, cache, group)[:, :0]
         check_input(self._who, x, self.dims)
         check_array(self._who, "mask", "bool", mask, x.shape[:2], mx.bool_)
         check_array(self._who, "segment_ids", "integers", segment_ids, x.shape[:2], mx.integer)
@@ -175,8 +190,11 @@ class Mixer(nn.Module):
             raise ValueError(f"[{self._who}] cache must be of this layer, got {got} inputs of a convolution")
         qkv = self._project(x)
         dtype = qkv.dtype
-        q, k, v = self._prepare(qkv.astype(self._between.get(dtype, dtype)), lengths, segment_ids, carried)
-        o = self._attend(q, k, v, x, lengths, segment_ids, carried)
+        split = None if group is None else Stretches(group, x, lengths, segment_ids)
+        qkv = qkv.astype(self._between.get(dtype, dtype))
+        q, k, v = self._prepare(qkv, lengths, segment_ids, carried, split)
+        more = () if split is None else (split,)
+        o = self._attend(q, k, v, x, lengths, segment_ids, carried, *more)
         if "out_norm" in self:
             o = self.out_norm(o)
         o = o.flatten(-2).astype(dtype)
@@ -195,10 +213,16 @@ class Mixer(nn.Module):
         """Outputs of all heads, one after the other, to [B, T, dims]."""
         return self.out_proj(o)
 
-    def _prepare(self, qkv, lengths, segment_ids, carried):
+    def _prepare(self, qkv, lengths, segment_ids, carried, split):
         """q [B, T, Hq, D], k [B, T, Hkv, D], v [B, T, Hkv, Dv], convolved and normalised."""
         if "conv" in self:
-            qkv, carried.conv = self.conv(qkv, carried.conv, lengths=lengths, segment_ids=segment_ids)
+            before, after = carried.conv, None
+            if split is not None:
+                width = self.conv.width - 1
+                held = None if before is None else (before, mx.full(qkv.shape[:1], width))
+                (before, _), (after, _) = split.look_back(qkv, width, held)
+            qkv, tail = self.conv(qkv, before, lengths=lengths, segment_ids=segment_ids)
+            carried.conv = tail if split is None else after
         q_end = self.num_heads * self.head_dim
         k_end = q_end + self.num_kv_heads * self.head_dim
         q, k, v = mx.split(qkv, [q_end, k_end], axis=-1)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 import mlx.core as mx
 
 from ..kernels.serve import DTYPES as FLOATS
-from .parallel import last_ids
+from .parallel import Turns
 from .scan import fuse
 
 
@@ -206,15 +206,15 @@ def _own(
     return out
 
 
-def _segment_starts(segment_ids: mx.array, mask: mx.array | None, group: Any = None) -> mx.array:
+def _segment_starts(segment_ids: mx.array, mask: mx.array | None, turns: Turns | None = None) -> mx.array:
     """True at a real token whose id differs from the id of the real token before it, if there is one."""
     real = mx.ones(segment_ids.shape, mx.bool_) if mask is None else mask
     where = mx.where(real, mx.arange(real.shape[1])[None], -1)
     last = mx.pad(mx.cummax(where, axis=1)[:, :-1], [(0, 0), (1, 0)], constant_values=-1)
     before = mx.take_along_axis(segment_ids, mx.maximum(last, 0), axis=1)
     follows = last >= 0
-    if group is not None:  # the first ones follow a token of an earlier rank
-        earlier, there = (x[:, None] for x in last_ids(segment_ids, mask, group))
+    if turns is not None:  # the first ones follow a token of an earlier rank
+        earlier, there = (x[:, None] for x in turns.last_ids(segment_ids, mask))
         before = mx.where(follows, before, earlier)
         follows = mx.logical_or(follows, there)
     return mx.logical_and(mx.logical_and(real, follows), segment_ids != before)
@@ -273,7 +273,7 @@ def canonical(
         }
         call = replace(call, q=q, k=k, v=v, g=g, options=own, mask=mask)
     if segment_ids is not None:
-        starts = _segment_starts(segment_ids, mask, group)
+        starts = _segment_starts(segment_ids, mask, None if group is None else Turns(group, q))
         g = mx.ones((B, T, k.shape[2]), dtype=mx.float32) if g is None else g
         call = replace(call, g=mx.where(starts[..., None], 0.0, g), starts=starts)
     return call if group is None else replace(call, group=group, empty=empty)

@@ -24,10 +24,10 @@ import mlx.core as mx
 
 
 class Turns:
-    """The order of a run's collectives, and its group."""
+    """The order of a run's collectives, and its group. The first waits for `start`, what the run reads."""
 
-    def __init__(self, group: Any):
-        self.group, self._turn = group, mx.zeros(())
+    def __init__(self, group: Any, start: mx.array):
+        self.group, self._turn = group, _after(mx.zeros(()), mx.stop_gradient(start))
 
     def gathered(self, x: mx.array) -> mx.array:
         """x of every rank, `[R, ..]`; a gradient comes back from all of them."""
@@ -46,6 +46,30 @@ class Turns:
 
         every, self._turn = cast("tuple[mx.array, mx.array]", run(x, self._turn))
         return every
+
+    def counted(self, x: mx.array) -> mx.array:
+        """x of every rank, `[R, ..]`, of integers."""
+        turn = mx.stop_gradient(self._turn)
+        every = mx.distributed.all_gather(_after(x, turn)[None], group=self.group)
+        self._turn = _after(self._turn, every)
+        return mx.stop_gradient(every)
+
+    def last_ids(self, ids: mx.array, real: mx.array | None) -> tuple[mx.array, mx.array]:
+        """(id of the last real token of the ranks before this one, whether there is any), both `[B]`.
+
+        ids: segment ids `[B, T]`; real: the mask, or None for all.
+        """
+        T = ids.shape[1]
+        end = mx.full(ids.shape[:1], T - 1) if real is None else mx.where(real, mx.arange(T), -1).max(axis=1)
+        own = mx.take_along_axis(ids.astype(mx.int64), mx.maximum(end, 0)[:, None], axis=1)[:, 0]
+        every = self.counted(mx.stack([own, (end >= 0).astype(mx.int64)]))
+        state = mx.zeros_like(every[0])
+        before = []
+        for each in every:
+            before.append(state)
+            state = mx.where(each[1] > 0, each, state)
+        found = mx.stack(before)[self.group.rank()]
+        return found[0].astype(ids.dtype), found[1] > 0
 
     def shared(self, x: mx.array) -> mx.array:
         """x, the same on every rank, whose gradient is the sum over the ranks."""
@@ -83,21 +107,3 @@ class Turns:
 def _after(x: mx.array, *others: mx.array) -> mx.array:
     """x, which is not computed before the others are."""
     return mx.depends([x], list(others))[0]
-
-
-def last_ids(ids: mx.array, real: mx.array | None, group: Any) -> tuple[mx.array, mx.array]:
-    """(id of the last real token of the ranks before this one, whether there is any), both `[B]`.
-
-    ids: segment ids `[B, T]`; real: the mask, or None for all.
-    """
-    T = ids.shape[1]
-    place = mx.full(ids.shape[:1], T - 1) if real is None else mx.where(real, mx.arange(T), -1).max(axis=1)
-    own = mx.take_along_axis(ids.astype(mx.int64), mx.maximum(place, 0)[:, None], axis=1)[:, 0]
-    every = mx.distributed.all_gather(mx.stack([own, (place >= 0).astype(mx.int64)])[None], group=group)
-    state = mx.zeros_like(every[0])
-    before = []
-    for each in every:
-        before.append(state)
-        state = mx.where(each[1] > 0, each, state)
-    found = mx.stack(before)[group.rank()]
-    return found[0].astype(ids.dtype), found[1] > 0

@@ -48,7 +48,7 @@ class Place(ABC):
         held = {} if state is None else operator.held(state)
         self.before = {key: self._enter(x) for key, x in held.items()}
         self.after: dict[str, mx.array] = {}
-        self.turns = None if call.group is None else Turns(call.group)
+        self.turns = None if call.group is None else Turns(call.group, call.q)
 
     @abstractmethod
     def la(
