@@ -40,7 +40,7 @@ class Turns:
 
         @run.vjp
         def _(primals, d, out):
-            # After the last forward collective too: what is differentiated need not depend on it.
+            # After the forward ones too: what is differentiated need not depend on them.
             total = mx.distributed.all_sum(_after(d[0], out[1], d[1]), group=group)
             return total[group.rank()], _after(d[1], total)
 
@@ -81,7 +81,7 @@ class Turns:
 
         @run.vjp
         def _(primals, d, out):
-            total = mx.distributed.all_sum(_after(d[0], d[1]), group=group)
+            total = mx.distributed.all_sum(_after(d[0], out[1], d[1]), group=group)
             return total, _after(d[1], total)
 
         x, self._turn = cast("tuple[mx.array, mx.array]", run(x, self._turn))
