@@ -26,16 +26,37 @@ from mlx_hla.tokenizer import Tokenizer
 PREFILL_TOKENS = 512
 
 
-def prefill(model: LanguageModel, tokens: mx.array, cache: list, chunk: int = PREFILL_TOKENS) -> mx.array:
-    """Read tokens [B, T] into the cache, `chunk` at a time; returns the logits [B, V] after the last."""
+def prefill(
+    model: LanguageModel,
+    tokens: mx.array,
+    cache: list,
+    chunk: int = PREFILL_TOKENS,
+    group: Any = None,
+) -> mx.array:
+    """Read tokens [B, T] into the cache, `chunk` at a time; returns the logits [B, V] after the last.
+
+    group: an `mx.distributed` group whose ranks read side by side, each with the same arguments: a rank reads
+    its part of every `chunk` tokens a rank, and all end with the cache and the logits of the whole.
+    """
     check_whole("chunk", chunk, 1)
     check_tokens("the prompt's tokens", tokens, model.config.vocab_size)
-    T = tokens.shape[1]
-    for start in range(0, T, chunk):
-        x = model.features(tokens[:, start : start + chunk], cache)
-        if start + chunk < T:
+    T, ranks = tokens.shape[1], 1 if group is None else group.size()
+    for start in range(0, T, ranks * chunk):
+        part = tokens[:, start : start + ranks * chunk]
+        if ranks > 1:  # the last rank has the last token, whatever remains
+            n, rank = part.shape[1], group.rank()
+            part = part[:, n * rank // ranks : n * (rank + 1) // ranks]
+        x = model.features(part, cache, group=group)
+        if start + ranks * chunk < T:
             eval_cache(cache)  # so that one chunk's activations live at a time
-    return model.embedding.as_linear(x[:, -1])
+    logits = (
+        model.embedding.as_linear(x[:, -1]) if x.shape[1] else mx.zeros((len(x), model.config.vocab_size))
+    )
+    if ranks == 1:
+        return logits
+    eval_cache(cache)  # what is exchanged next does not wait for it
+    every = mx.distributed.all_gather(logits.astype(mx.float32)[None], group=group)
+    return every[-1].astype(logits.dtype)
 
 
 def read(
@@ -43,14 +64,18 @@ def read(
     tokens: Sequence[int] | mx.array,
     after: Snapshot | None = None,
     chunk: int = PREFILL_TOKENS,
+    group: Any = None,
 ) -> Snapshot:
-    """What the model holds of tokens [T], read at the beginning or `after` what it read before."""
+    """What the model holds of tokens [T], read at the beginning or `after` what it read before.
+
+    group: as `prefill` takes it; every rank gets the whole Snapshot, and one may go on alone.
+    """
     if not isinstance(model, nn.Module) or not (after is None or isinstance(after, Snapshot)):
         got = f"{type(model).__name__} and {type(after).__name__}"
         raise InputError(f"read takes a LanguageModel and a Snapshot or None, got {got}")
     ids = as_tokens(tokens)
     cache = model.make_cache() if after is None else after.fork()
-    logits = prefill(model, ids[None] if ids.ndim == 1 else ids, cache, chunk)
+    logits = prefill(model, ids[None] if ids.ndim == 1 else ids, cache, chunk, group)
     if logits.shape[0] != 1:
         raise InputError(f"a snapshot is of one text, got {logits.shape[0]}")
     mx.eval(logits)

@@ -16,11 +16,11 @@ from mlx_hla.ops.operator import OPERATORS
 SCRIPT = Path(__file__).with_name("parallel_ranks.py")
 
 
-def launch(ranks, *args):
+def launch(ranks, *args, script=SCRIPT):
     launcher = Path(sys.executable).with_name("mlx.launch")
     if not launcher.exists():
         pytest.skip("mlx.launch is not beside this Python")
-    command = [launcher, "-n", str(ranks), "--backend", "ring", "--", sys.executable, SCRIPT, *args]
+    command = [launcher, "-n", str(ranks), "--backend", "ring", "--", sys.executable, script, *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -29,6 +29,20 @@ def test_operators_layers_and_a_model_on_ranks(ranks):
     done = launch(ranks)
     said = done.stdout + done.stderr
     assert said.count(" done") == ranks, said[-3000:]
+
+
+def test_a_prompt_read_on_ranks_goes_on_as_one_read_alone(tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(40)))
+    options = [str(prompt), "--chunk", "64", "--max-tokens", "12"]
+    example = SCRIPT.parent.parent / "examples" / "long_prompt.py"
+    alone = subprocess.run([sys.executable, example, *options], capture_output=True, text=True, timeout=120)
+    assert "tokens read on 1 ranks in" in alone.stdout, alone.stderr
+    split = launch(3, *options, script=example)
+    assert "tokens read on 3 ranks in" in split.stdout, split.stderr
+    texts = ["\n".join(run.stdout.splitlines()[:-1]) for run in (alone, split)]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) > 5
 
 
 def test_a_group_of_one_is_none():
