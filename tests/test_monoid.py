@@ -166,3 +166,21 @@ def test_bad_input_is_named():
         M.combine(token, M.from_token("ahla", q[0], k[0], v[0]))
     with pytest.raises(ValueError, match="normalize=True"):
         M.output(token, q[0], normalize=True)
+
+
+@each_kind
+def test_the_order_in_which_64_ranks_combine_costs_no_accuracy(kind):
+    """Each rank's tokens to a segment; then one rank after the other, or by a tree: as the serial state."""
+    ranks, each = 64, 5
+    rng = np.random.default_rng(6)
+    q, k = rng.uniform(0.2, 1.0, (2, ranks * each, D))
+    v, g = rng.normal(size=(ranks * each, V)), rng.uniform(0.9, 1.0, ranks * each)
+    tokens = tokens_of(kind, q, k, v, g)
+    segments = [reduce(M.combine, tokens[i * each : (i + 1) * each]) for i in range(ranks)]
+    chain, tree = reduce(M.combine, segments), list(segments)
+    while len(tree) > 1:
+        tree = [M.combine(a, b) for a, b in zip(tree[::2], tree[1::2], strict=True)]
+    assert_same_segment(tree[0], chain, 1e-13)
+    o, _ = serial(kind, q, k, v, g)
+    assert_close(M.output(chain, q[-1]).reshape(-1), o[-1], 1e-12)
+    assert_close(M.output(tree[0], q[-1]).reshape(-1), o[-1], 1e-12)
