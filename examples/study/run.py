@@ -2,7 +2,7 @@
 
     python examples/study/run.py --workers 6 --minutes 9 --out results --bundle results.json
     python examples/study/run.py --list --only 'alias*' 'join*'       # which jobs there are, in their order
-    python examples/study/run.py --workers 2 --minutes 1 --out /tmp/x -- --steps 3 --batch 2 --test 64
+    python examples/study/run.py --workers 2 --minutes 1 --out runs/x -- --steps 3 --batch 2 --test 64
 
 A job is one arm on one task, `tasks.py TASK --arms ARM`; what stands after `--` goes to every one of them. A
 job starts only if it would end in time, were it as long as the longest of its task so far, and what runs when
