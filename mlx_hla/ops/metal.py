@@ -15,6 +15,7 @@ from ..kernels.one_pass import whole_decay
 from ..transforms import differentiable
 from .checks import Call
 from .operator import Held, Operator
+from .parallel import left
 from .places import Tokens, earlier, number
 
 
@@ -38,6 +39,15 @@ class MetalSequence(Tokens):
             dtype=self.dtype if last else kernels.between(self.dtype),
             decay_gradient=self.call.decay_gradient,
         )
+
+    def _left(self, k, v, power):
+        heads = max(k.shape[2], v.shape[2])
+
+        def tokens(x):  # [B, T, H, D] -> [B, heads, T, D]
+            return mx.repeat(x, heads // x.shape[2], axis=2).transpose(0, 2, 1, 3)
+
+        g = None if self.call.g is None else tokens(self.call.g[..., None])
+        return left(tokens(k), tokens(v), g, power)
 
     def _through(self, state, power):
         g = self.call.g

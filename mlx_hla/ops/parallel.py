@@ -22,6 +22,8 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from .scan import TINY
+
 
 class Turns:
     """The order of a run's collectives, and its group. The first waits for `start`, what the run reads."""
@@ -102,6 +104,18 @@ class Turns:
             state = through_j * state + own_j
         # Taken from a stack and not from the list: no rank may go without what all the others wait for.
         return mx.stack(before)[self.group.rank()], state
+
+
+def left(k: mx.array, v: mx.array, g: mx.array | None, power: int) -> mx.array:
+    """What a stretch leaves alone, Σ_j (Π_{s>j} g_s^power) k_j v_jᵀ, float32 `[.., D, V]`: one product.
+
+    k `[.., T, D]`, v `[.., T, V]`, g `[.., T, 1]` or None. A decay of zero counts as TINY, as in all passes.
+    """
+    k, v = k.astype(mx.float32), v.astype(mx.float32)
+    if g is not None:
+        rest = mx.cumsum(mx.log(g + TINY), axis=-2, reverse=True, inclusive=False)
+        k = k * mx.exp(power * rest)
+    return k.swapaxes(-1, -2) @ v
 
 
 def _after(x: mx.array, *others: mx.array) -> mx.array:

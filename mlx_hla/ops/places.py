@@ -23,7 +23,7 @@ import mlx.core as mx
 from ..devices import on_gpu
 from .checks import Call, fail
 from .operator import Held, Operator
-from .parallel import Turns
+from .parallel import Turns, left
 from .primitive import chunked_la
 from .scan import make_decay
 
@@ -175,6 +175,10 @@ class Tokens(Place):
         """(o, the state after the last token) of a pass from the state `first`; options as `la` has them."""
 
     @abstractmethod
+    def _left(self, k: mx.array, v: mx.array, power: int) -> mx.array:
+        """The state that a pass on k and v alone leaves."""
+
+    @abstractmethod
     def _through(self, state: mx.array, power: int) -> mx.array:
         """Π_t g_t^power, in a shape that multiplies this state."""
 
@@ -184,8 +188,7 @@ class Tokens(Place):
         if self.turns is None:
             o, self.after[slot] = self._pass(first, q, k, v, **options)
             return o
-        # Of the stretch alone nobody reads o, so that only its state is computed.
-        own = self._pass(None, q, k, v, **options)[1]
+        own = self._left(k, k if v is None else v, power)
         first, self.after[slot] = self.turns.joined(first, own, self._through(own, power))
         return self._pass(first, q, k, v, **options)[0]
 
@@ -246,6 +249,13 @@ class Sequence(Tokens, _Grouped):
 
     def _pass(self, first, q, k, v, *, power, scale, last):
         return chunked_la(q, k, k if v is None else v, self.decay, first, scale, power)
+
+    def _left(self, k, v, power):
+        def tokens(x):  # [B, H, N, G, W, D] -> [B, H, G, N W, D]
+            return x.transpose(0, 1, 3, 2, 4, 5).flatten(3, 4)
+
+        g = None if self.g is None else tokens(self.g[:, :, :, None, :, None])
+        return left(tokens(k), tokens(v), g, power)
 
     def _through(self, state, power):
         g = self.call.g
