@@ -9,9 +9,9 @@ and rank 0 goes on alone. Without `mlx.launch` one process reads. Only models of
 
 On paper: a call of `--chunk` tokens a rank exchanges what the model's state holds, 2.4 MB for the shipped
 model, in one message for each convolution, window and pass, 15 of them. Over Thunderbolt (some 4 GB/s, 50 µs
-a message) that is 1.4 ms. Measured, two processes on two CPU cores: a layer over 2,048 tokens of its own costs
-a fifth more where it is part of a split sequence. So it pays where a chunk takes a rank clearly longer than
-the exchange: long chunks, larger models. On cores that share their memory's bandwidth nothing is gained.
+a message) that is 1.4 ms. Measured, two processes on two CPU cores: a layer over 2,048 tokens of its own
+costs a fifth more where it is part of a split sequence. So it pays where a chunk takes a rank clearly longer
+than the exchange: long chunks, larger models. On cores that share their memory's bandwidth nothing is gained.
 """
 
 import argparse
