@@ -108,9 +108,9 @@ class GDNAttention(HLAttention):
     def operator(self) -> str:
         return "gdn"
 
-    def _attend(self, q, k, v, x, lengths, segment_ids, carried):
-        if lengths is not None or segment_ids is not None:
-            raise ValueError("[GDNAttention] takes neither mask nor segment_ids")
+    def _attend(self, q, k, v, x, lengths, segment_ids, carried, split):
+        if lengths is not None or segment_ids is not None or split is not None:
+            raise ValueError("[GDNAttention] takes neither mask nor segment_ids nor group")
         beta = mx.sigmoid(x @ self.beta_weight.T + self.beta_bias)
         state = None if carried.memory is None else GDNState(*carried.memory)
         unit = self.head_dim**-0.5  # "l2" leaves the length √D

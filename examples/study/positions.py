@@ -18,11 +18,11 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from language_run import state_bytes
 
 from mlx_hla import data
-from mlx_hla.losses import windows
+from mlx_hla.losses import token_losses, windows
 from mlx_hla.models import LanguageModel, load
-from mlx_hla.nn.cache import cache_bytes
 from mlx_hla.progress import progress
 
 HERE = Path(__file__).resolve().parent
@@ -44,9 +44,7 @@ def by_position(model: LanguageModel, stream: np.ndarray, context: int) -> list[
     with progress(len(parts), "window") as one_more:
         for tokens, real in parts:
             if real.all():
-                logits = model(mx.array(tokens[:, :-1])).astype(mx.float32)
-                right = mx.take_along_axis(logits, mx.array(tokens[:, 1:, None]), axis=-1)[..., 0]
-                nats += np.array(mx.logsumexp(logits, axis=-1) - right)[0]
+                nats += np.array(token_losses(model, model.parameters(), mx.array(tokens)))[0]
                 rows += 1
             one_more()
     out, start = [], 0
@@ -54,12 +52,6 @@ def by_position(model: LanguageModel, stream: np.ndarray, context: int) -> list[
         out.append([end, float(nats[start:end].mean() / rows), rows * (end - start)])
         start = end
     return out
-
-
-def state_bytes(model: LanguageModel, tokens: int) -> int:
-    cache = model.make_cache()
-    mx.eval(model.features(mx.zeros((1, tokens), mx.int32), cache))
-    return cache_bytes(cache)
 
 
 def measure(folder: str | None, name: str | None, context: int) -> dict[str, Any]:
@@ -70,7 +62,9 @@ def measure(folder: str | None, name: str | None, context: int) -> dict[str, Any
         "name": name or model.config.mixer_name,
         "parameters": model.num_parameters,
         "trained_on": model.config.context,
-        "state_bytes": {n: state_bytes(model, n) for n in (model.config.context, context)},
+        "state_bytes": {
+            n: state_bytes(model, model.parameters(), n) for n in (model.config.context, context)
+        },
         "bins": bins,
     }
 

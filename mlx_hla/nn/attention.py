@@ -165,7 +165,7 @@ class HLAttention(Mixer):
     def make_cache(self) -> HLACache:
         return HLACache()
 
-    def _attend(self, q, k, v, x, lengths, segment_ids, carried, split=None):
+    def _attend(self, q, k, v, x, lengths, segment_ids, carried, split):
         """The operator, from the carried memory and into it."""
         if self.rope is not None:
             q, k = (a.astype(v.dtype) for a in self._rotate(q, k, lengths, carried, split))
@@ -191,7 +191,7 @@ class HLAttention(Mixer):
         o, carried.memory = run.sequence(self._operator, q, k, v, memory, own, decay=decay, **options)
         return o
 
-    def _rotate(self, q, k, lengths, carried, split=None):
+    def _rotate(self, q, k, lengths, carried, split):
         """Positions count the real tokens of the whole stream.
 
         They do not start again at a segment: the operators see differences of positions only.

@@ -133,7 +133,7 @@ class Mixer(nn.Module):
         lengths: mx.array | None,
         segment_ids: mx.array | None,
         carried: Any,
-        split: Stretches | None = None,
+        split: Stretches | None,
     ) -> mx.array:
         """q [B, T, Hq, D], k [B, T, Hkv, D], v [B, T, Hkv, Dv] to o [B, T, Hq, Dv].
 
@@ -193,8 +193,7 @@ class Mixer(nn.Module):
         split = None if group is None else Stretches(group, x, lengths, segment_ids)
         qkv = qkv.astype(self._between.get(dtype, dtype))
         q, k, v = self._prepare(qkv, lengths, segment_ids, carried, split)
-        more = () if split is None else (split,)
-        o = self._attend(q, k, v, x, lengths, segment_ids, carried, *more)
+        o = self._attend(q, k, v, x, lengths, segment_ids, carried, split)
         if "out_norm" in self:
             o = self.out_norm(o)
         o = o.flatten(-2).astype(dtype)

@@ -17,7 +17,6 @@ class Packing(NamedTuple):
     order: mx.array  # [B, T] packed position -> original position, real tokens first and in their order
     rank: mx.array  # [B, T] original position -> packed position
     lengths: mx.array  # [B] number of real tokens
-    packed_mask: mx.array  # [B, T] True on the first `lengths` positions
 
     def pack(self, x: mx.array) -> mx.array:
         """Real tokens first; masked positions are zero, whatever they held (NaN included)."""
@@ -40,7 +39,7 @@ def packing(mask: mx.array) -> Packing:
     order = mx.argsort(mx.where(mask, position, position + T), axis=1)
     seen = mx.cumsum(mask.astype(mx.int32), axis=1)
     rank = mx.where(mask, seen - 1, lengths[:, None] + position - seen)
-    return Packing(mask, order, rank, lengths, position < lengths[:, None])
+    return Packing(mask, order, rank, lengths)
 
 
 def runs_of(segment_ids: mx.array, carry: int) -> mx.array:

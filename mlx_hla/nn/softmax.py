@@ -45,7 +45,7 @@ class SoftmaxAttention(Mixer):
     def make_cache(self) -> KVCache:
         return KVCache()
 
-    def _attend(self, q, k, v, x, lengths, segment_ids, carried, split=None):
+    def _attend(self, q, k, v, x, lengths, segment_ids, carried, split):
         if split is not None:
             raise ValueError("[SoftmaxAttention] group must be None: it looks at every token there is")
         q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))

@@ -82,23 +82,21 @@ class WindowAttention(Mixer):
     def make_cache(self) -> HLACache:
         return HLACache()
 
-    def _attend(self, q, k, v, x, lengths, segment_ids, carried, split=None):
-        flat = mx.concatenate([k.flatten(2), v.flatten(2)], axis=-1)
+    def _attend(self, q, k, v, x, lengths, segment_ids, carried, split):
         q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
         state, after = self._restored(carried.memory, k, v), None
         if split is not None:
-            held = None if state is None else (self._flat(state), state.n)
+            held = None if state is None else (self._flat(state.keys, state.values), state.n)
+            flat = self._flat(k, v)
             state, after = (self._unflat(*a) for a in split.look_back(flat, self.window, held))
         options = {"window": self.window, "rotate": self._rotated}
         o, last = window_attention(q, k, v, state, lengths, segment_ids, **options)
         carried.memory = last if after is None else after
         return o.transpose(0, 2, 1, 3)
 
-    def _flat(self, state):
-        """Keys and values of all heads, one after the other, [B, W, C]."""
-        return mx.concatenate(
-            [a.transpose(0, 2, 1, 3).flatten(2) for a in (state.keys, state.values)], axis=-1
-        )
+    def _flat(self, keys, values):
+        """Keys and values [B, Hkv, T, ..] of all heads, one after the other, [B, T, C]."""
+        return mx.concatenate([a.transpose(0, 2, 1, 3).flatten(2) for a in (keys, values)], axis=-1)
 
     def _unflat(self, x, n):
         keys, values = mx.split(x, [self.num_kv_heads * self.head_dim], axis=-1)

@@ -50,9 +50,8 @@ class MetalSequence(Tokens):
         return left(tokens(k), tokens(v), g, power)
 
     def _through(self, state, power):
-        g = self.call.g
-        whole = mx.ones((self.dims.B, self.dims.Hkv)) if g is None else mx.prod(g, axis=1) ** power
-        return mx.repeat(whole, state.shape[1] // self.dims.Hkv, axis=1)[..., None, None]
+        heads = state.shape[1] // self.dims.Hkv
+        return mx.repeat(self._decay_product(power), heads, axis=1)[..., None, None]
 
     def la_before(self, slot, q, k, v):
         self._check_alone()

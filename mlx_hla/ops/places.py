@@ -192,6 +192,11 @@ class Tokens(Place):
         first, self.after[slot] = self.turns.joined(first, own, self._through(own, power))
         return self._pass(first, q, k, v, **options)[0]
 
+    def _decay_product(self, power: int) -> mx.array:
+        """Π_t g_t^power, `[B, Hkv]`."""
+        g = self.call.g
+        return mx.ones((self.dims.B, self.dims.Hkv)) if g is None else mx.prod(g, axis=1) ** power
+
     def _check_alone(self) -> None:
         if self.call.group is not None:
             fail(self.call.op, "group must be None: this variant reads states before their tokens", "a group")
@@ -258,9 +263,7 @@ class Sequence(Tokens, _Grouped):
         return left(tokens(k), tokens(v), g, power)
 
     def _through(self, state, power):
-        g = self.call.g
-        whole = mx.ones((self.dims.B, self.dims.Hkv)) if g is None else mx.prod(g, axis=1) ** power
-        return whole[..., None, None, None]
+        return self._decay_product(power)[..., None, None, None]
 
     def la_before(self, slot, q, k, v):
         self._check_alone()
