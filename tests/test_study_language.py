@@ -112,8 +112,9 @@ def test_equal_seeds_begin_equal_and_others_do_not(folder, whole):
     assert again["losses"] == found["tiny-hla2-s1-lr0.01-c100-n6"]["losses"]
 
 
-def test_workers_give_what_one_process_gives(whole, folder, tmp_path):
+def test_workers_give_what_one_process_gives(whole, folder, tmp_path, monkeypatch):
     """Each takes an arm, and begins again with what was compiled for the first seed."""
+    monkeypatch.setenv("MLX_HLA_OPENBLAS", "0")  # the BLAS of this process, whichever that is
     more = ("--arms", "hla2", "softmax", "--seeds", "0", "1", "--workers", "2", "--minutes", "2")
     assert language.main(flags(folder, tmp_path, *more)) == 0
     found, alone = results(tmp_path), results(whole)
