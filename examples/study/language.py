@@ -34,6 +34,7 @@ import time
 from pathlib import Path
 from statistics import mean, stdev
 
+import mlx.core as mx
 from language_run import ARMS, SIZES, Run, arms_of, configure, prepare, take
 
 from mlx_hla.errors import InputError
@@ -67,6 +68,7 @@ def plan(args: argparse.Namespace) -> list[tuple[Run, dict]]:
 
 def alone(runs: list[tuple[Run, dict]], args: argparse.Namespace, until: float) -> None:
     """One run after another, in this process."""
+    mx.set_cache_limit(4 << 30)  # several processes share a GPU
     text, longest = prepare(args), 0.0
     print(text.about, flush=True)
     for run, arm in runs:
@@ -168,6 +170,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--checkpoint-blocks", action="store_true", help="compute blocks again in the backward pass")
     add("--data", help="folder or file of text; by default the Python standard library")
     add("--extra", help="more text to train on; none of it validates")
+    add("--repeat", type=int, default=1, help="times that --data stands in the training text (default: 1)")
     add("--max-bytes", type=int, help="read no more of --data than this")
     add("--tokenizer", help="a tokenizer.model; by default one is learnt and kept in --out")
     add("--out", default="runs/language", help="folder of the results (default: runs/language)")

@@ -1,8 +1,8 @@
 """One run of `language.py`: the arms, the text, a model trained on it, and what is measured.
 
-An arm is a change to the size's ModelConfig, with two keys of its own: "matrices" 1 takes half of the heads
-at twice the width, for operators that keep one matrix a head where HLA2 keeps two, so that states are equal;
-"mixer" "gdn" puts the gated delta rule of gdn.py in the place of every HLAttention.
+An arm is a change to the size's ModelConfig, with two keys of its own: "matrices" 1 gives every HLAttention
+half of the heads at twice the width, for operators that keep one matrix a head where HLA2 keeps two, so that
+states are equal; "mixer" "gdn" puts the gated delta rule of gdn.py in its place.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+from gdn import GDNAttention
 
 from mlx_hla import data
 from mlx_hla.devices import compute_dtype
@@ -48,8 +49,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "gdn": {"operator": "first", "matrices": 1, "mixer": "gdn"},
     "softmax": {"operator": "softmax"},
     "window": {"layers": ("window",)},
-    "window+first": {"layers": ("window", "first")},
-    "window+gdn": {"layers": ("window", "first"), "mixer": "gdn"},
+    "window+first": {"layers": ("window", "first"), "matrices": 1},
+    "window+gdn": {"layers": ("window", "first"), "matrices": 1, "mixer": "gdn"},
     "window+hla2": {"layers": ("window", "hla2")},
     "window+ahla": {"layers": ("window", "ahla")},
     "window+hla3": {"layers": ("window", "hla3")},
@@ -80,7 +81,7 @@ class Text(NamedTuple):
 
 
 def arms_of(texts: list[str]) -> dict[str, dict[str, Any]]:
-    """The arms by name, of names, of NAME=JSON, or of "all" that this mlx_hla has."""
+    """The arms by name, of names, of NAME=JSON, or of "all"."""
     out: dict[str, dict[str, Any]] = {}
     for text in texts:
         name, given, changes = text.partition("=")
@@ -90,7 +91,7 @@ def arms_of(texts: list[str]) -> dict[str, dict[str, Any]]:
                 raise InputError(f"an arm must be NAME=JSON object, got {text[:60]!r}")
             out[name] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
         elif name == "all":
-            out |= {n: arm for n, arm in ARMS.items() if available(arm)}
+            out |= ARMS
         elif name in ARMS:
             out[name] = ARMS[name]
         else:
@@ -98,19 +99,8 @@ def arms_of(texts: list[str]) -> dict[str, dict[str, Any]]:
     return out
 
 
-def available(arm: dict[str, Any]) -> bool:
-    """Whether there are the parts that an arm is made of."""
-    gdn = Path(__file__).with_name("gdn.py").exists()
-    fields = ModelConfig.__dataclass_fields__
-    return (gdn or arm.get("mixer") != "gdn") and all(f in fields for f in arm.keys() - {"matrices", "mixer"})
-
-
 def configure(size: str, arm: dict[str, Any], **fields: Any) -> ModelConfig:
-    base = ModelConfig(**SIZES[size])
     changes = {k: v for k, v in arm.items() if k not in ("matrices", "mixer")}
-    if arm.get("matrices", 2) == 1:
-        heads = base.num_heads // 2
-        changes |= {"num_heads": heads, "head_dim": base.dims // heads}
     if unknown := changes.keys() - ModelConfig.__dataclass_fields__.keys():
         raise InputError(f"this mlx_hla has no ModelConfig.{min(unknown)}")
     return ModelConfig(**{**SIZES[size], **changes, **fields})
@@ -118,23 +108,27 @@ def configure(size: str, arm: dict[str, Any], **fields: Any) -> ModelConfig:
 
 def build(config: ModelConfig, arm: dict[str, Any], seed: int) -> LanguageModel:
     model = LanguageModel(config, seed)
-    mixer = arm.get("mixer")
-    if mixer is None:
-        return model
-    if mixer != "gdn":
+    mixer, matrices = arm.get("mixer"), arm.get("matrices", 2)
+    if mixer not in (None, "gdn"):
         raise InputError(f"mixer must be gdn, got {mixer!r}")
-    try:
-        from gdn import GDNAttention
-    except ImportError:
-        raise InputError("the gdn arm needs gdn.py beside language.py") from None
-    own = ("conv_size", "decay", "output_norm", "output_gate")
-    options = {name: getattr(config, name) for name in own}
+    if mixer is None and matrices == 2:
+        return model
+    options: dict[str, Any] = {
+        n: getattr(config, n) for n in ("conv_size", "decay", "output_norm", "output_gate")
+    }
+    heads = config.num_heads * matrices // 2
+    options["head_dim"] = config.key_dim * config.num_heads // heads
     for layer in model.layers:
-        if type(layer.mixer) is HLAttention:  # a window stays one
-            old, heads = flat(layer.mixer.parameters()), config.num_heads
-            layer.mixer = GDNAttention(config.dims, heads, head_dim=config.key_dim, **options)
-            kept = {k: old[k] for k in flat(layer.mixer.parameters()).keys() & old.keys()}
-            layer.mixer.load_weights(list(kept.items()), strict=False)  # begun as every model's
+        if type(layer.mixer) is not HLAttention:  # a window stays one
+            continue
+        old = flat(layer.mixer.parameters())
+        if mixer is None:
+            layer.mixer = HLAttention(config.dims, heads, operator=layer.mixer.operator, **options)
+        else:
+            layer.mixer = GDNAttention(config.dims, heads, **options)
+        new = flat(layer.mixer.parameters())
+        same = {k: old[k] for k in new.keys() & old.keys() if new[k].shape == old[k].shape}
+        layer.mixer.load_weights(list(same.items()), strict=False)  # begun as every model's
     return model
 
 
@@ -143,7 +137,7 @@ def build(config: ModelConfig, arm: dict[str, Any], seed: int) -> LanguageModel:
 
 def prepare(args: argparse.Namespace) -> Text:
     """The text as tokens: learned and encoded once for --out, and kept there."""
-    corpus = data.load_corpus(args.data, max_bytes=args.max_bytes, extra=args.extra)
+    corpus = data.load_corpus(args.data, max_bytes=args.max_bytes, extra=args.extra, repeat=args.repeat)
     vocab = ModelConfig(**SIZES[args.size]).vocab_size
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
