@@ -27,13 +27,15 @@ from .parallel import Turns, left
 from .primitive import chunked_la
 from .scan import make_decay
 
-# Chunk width. Narrow chunks do less work inside the triangle, wide ones keep fewer states: at W = D
-# both cost the same arithmetic; a GPU runs short of bandwidth first and prefers fewer states.
-WIDTH_CPU, WIDTH_GPU = 64, 128
+# Chunk width. A token costs W (D + Dv) products with the others of its chunk and 2 D Dv with states, and a
+# chunk's state is written and scanned: measured on CPUs, with and without a fast BLAS, the first is best
+# half of the second. A GPU runs short of bandwidth first and prefers fewer states.
+WIDTH_CPU, WIDTH_GPU = 64, 128  # the widest
 
 
-def chunk_width(T: int) -> int:
-    return min(T, WIDTH_GPU if on_gpu() else WIDTH_CPU)
+def chunk_width(T: int, D: int, Dv: int) -> int:
+    balanced = D * Dv // (D + Dv) // 8 * 8
+    return min(T, WIDTH_GPU if on_gpu() else min(WIDTH_CPU, max(16, balanced)))
 
 
 class Place(ABC):
@@ -222,7 +224,7 @@ class Sequence(Tokens, _Grouped):
     def __init__(self, operator: Operator, call: Call, state: Any):
         super().__init__(operator, call, state)
         self.T = call.q.shape[1]
-        self.width = chunk_width(self.T)
+        self.width = chunk_width(self.T, self.dims.D, self.dims.Dv)
         # float16 has too little range for sums of products; the CPU's half-precision products are slow.
         native = on_gpu() and call.q.dtype != mx.float16 and not operator.wide
         self.dtype = call.q.dtype if native else mx.float32

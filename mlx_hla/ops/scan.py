@@ -98,7 +98,7 @@ def make_decay(g: mx.array) -> Decay:
 
 
 # Chunks that one product of the scan covers: the product does span² work, which a GPU has to spare.
-GROUP_CPU, GROUP_GPU = 32, 512
+GROUP_CPU, GROUP_GPU = 8, 512
 
 
 def _groups(N: int) -> tuple[int, int]:
