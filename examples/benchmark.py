@@ -168,7 +168,7 @@ def make_parser(gpu: bool) -> argparse.ArgumentParser:
     add("--dtype", choices=["float32", "bfloat16", "float16"], default=dtype, help="default: %(default)s")
     decays = ["gate", "none"]
     add("--decay", nargs="+", choices=[*decays, "head"], default=decays, help="default: gate none")
-    add("--backend", choices=["mlx", "metal"], help="default: the library's own choice")
+    add("--backend", choices=["mlx", "metal", "cuda"], help="default: the library's own choice")
     add("--seconds", type=float, default=0.5, help="per figure (default: 0.5)")
     add("--queue", type=int, default=32 if gpu else 1, help="calls an evaluation (default: %(default)s)")
     add("--compile", action="store_true", help="measure under mx.compile")

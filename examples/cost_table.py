@@ -39,7 +39,7 @@ import mlx.core as mx
 
 from mlx_hla import kernels
 from mlx_hla.kernels import plan
-from mlx_hla.ops import metal as on_metal
+from mlx_hla.ops import on_kernels
 from mlx_hla.ops.checks import Call, Dims
 from mlx_hla.ops.operator import OPERATORS, Held
 
@@ -179,7 +179,7 @@ def state_of(family: str, matrices, vectors=()):
 
 def run_sequence(family: str, q, k, v, g, *state):
     """[o, the last state's arrays] by the kernels."""
-    place = on_metal.MetalSequence(OPERATORS[family], call(family, q, k, v, g), state_of(family, state))
+    place = on_kernels.KernelSequence(OPERATORS[family], call(family, q, k, v, g), state_of(family, state))
     o, last = place.run()
     return o, *(x.matrix for x in OPERATORS[family].held(last).values())
 
@@ -239,7 +239,7 @@ def step_row(metal, family: str, D: int, kind: str = "step", dtype=mx.bfloat16) 
         mx.eval(state)
     with metal.counters() as c:
         before = state_of(family, state, vectors)
-        mx.eval(on_metal.step(OPERATORS[family], call(family, q, k, v, g, eps), before, packed))
+        mx.eval(on_kernels.step(OPERATORS[family], call(family, q, k, v, g, eps), before, packed))
     token = sum(x.nbytes for x in (q, k, v, g, o))
     compulsory = token + 2 * sum(x.nbytes for x in (*state, *vectors))
     return row(family, kind, D, SHOWN_HEADS, c, c.scalar_macs, compulsory, 3 * elements)

@@ -108,7 +108,7 @@ FUNC Walk block_walk(int block, int length, int total) {
 //# body
   const int height = sums_shape[3], width = sums_shape[4], size = height * width;
   const int heads = sums_shape[1], blocks = sums_shape[2];
-  const int element = launch.group.x * launch.threads + launch.index, bh = launch.group.y;
+  const int element = launch.group.x * launch.threads + launch.index, bh = launch.group.z;
   if (element < size) {
     float state = first[bh / heads * first_strides[0] + bh % heads * first_strides[1] +
                         element / width * first_strides[2] + element % width * first_strides[3]];

@@ -12,7 +12,7 @@
 // q [B, Hq, D], k [B, Hkv, D], v [B, Hkv, DV], g [B, Hkv] float32, states float32 [B, heads, D, D or DV]
 // (S and P per key-value head, F and E per query head), any strides; o [B, Hq, DV] in T, states out
 // contiguous. floats: scale, ridge, eps. A threadgroup owns one key-value head and its G = Hq / Hkv query heads
-// (grid B Hkv): lanes go along a state's columns, simdgroups take its rows in turn.
+// (grid 1 x 1 x B Hkv): lanes go along a state's columns, simdgroups take its rows in turn.
 //
 // With HLA_NORMALISING every state of values has its normaliser beside it, the state of the value 1: a vector
 // [B, heads, D] float32, and o = num / (den + eps).
@@ -197,7 +197,7 @@ FUNC void step_write(
 
 //# before each body
   SHARED float qs[G * D], ks[D], vs[DV], gs[1], den[G];
-  const int hkv = k_shape[1], bh = launch.group.x, batch = bh / hkv, kv = bh % hkv;
+  const int hkv = k_shape[1], bh = launch.group.z, batch = bh / hkv, kv = bh % hkv;
   const float scale = floats[0];
   step_read<NS>(qs, q + batch * q_strides[0] + kv * G * q_strides[1], int(q_strides[1]), int(q_strides[2]), G, D,
                 launch);

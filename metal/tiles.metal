@@ -201,6 +201,28 @@ FUNC void tile_sum(OWN Tile<R, C>& t, OWN Tile<R, C>& other) {
   }
 }
 
+// Write what tile_mma_upper made, and its mirror image, to a size x size matrix at p.
+template <int R, int C, typename P>
+FUNC void tile_write_symmetric(OWN Tile<R, C>& t, P p, int size, int col0, Spot at) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    HLA_UNROLL
+    for (int c = 0; c < C; c++) {
+      int row = 8 * r + at.row, col = col0 + 8 * c + at.col, diagonal = col0 + 8 * c - 8 * r;
+      Pair pair = frag_get(t.f[r][c]);
+      HLA_UNROLL
+      for (int e = 0; e < 2; e++) {
+        if (diagonal >= 0 && row < size && col + e < size) {
+          p[row * size + col + e] = pair[e];
+          if (diagonal > 0) p[(col + e) * size + row] = pair[e];
+        }
+      }
+    }
+  }
+}
+
+// ---- Products ------------------------------------------------------------------------------------
+
 // c += A b with A (8R x 8K) in threadgroup memory at a, row-major with leading dimension ld;
 // TURNED: A is the transpose of what lies there; CAUSAL: what lies there is zero above its diagonal blocks.
 template <int R, int K, int C, bool TURNED, bool CAUSAL, typename P>
@@ -237,23 +259,14 @@ FUNC void tile_mma_upper(OWN Tile<R, C>& c, P a, int ld, OWN Tile<K, C>& b, int 
   }
 }
 
-// Write what tile_mma_upper made, and its mirror image, to a size x size matrix at p.
-template <int R, int C, typename P>
-FUNC void tile_write_symmetric(OWN Tile<R, C>& t, P p, int size, int col0, Spot at) {
+// c += x y^T for 8 rows of x and 8 rows of y, both 8K wide in threadgroup memory.
+template <int K, typename PX, typename PY>
+FUNC void block_mma(OWN Frag& c, PX x, int ldx, PY y, int ldy, Spot at) {
   HLA_UNROLL
-  for (int r = 0; r < R; r++) {
-    HLA_UNROLL
-    for (int c = 0; c < C; c++) {
-      int row = 8 * r + at.row, col = col0 + 8 * c + at.col, diagonal = col0 + 8 * c - 8 * r;
-      Pair pair = frag_get(t.f[r][c]);
-      HLA_UNROLL
-      for (int e = 0; e < 2; e++) {
-        if (diagonal >= 0 && row < size && col + e < size) {
-          p[row * size + col + e] = pair[e];
-          if (diagonal > 0) p[(col + e) * size + row] = pair[e];
-        }
-      }
-    }
+  for (int k = 0; k < K; k++) {
+    Frag a = frag_read<false>(x + 8 * k, ldx, at);
+    Frag b = frag_read<true>(y + 8 * k, ldy, at);
+    frag_mma(c, a, b);
   }
 }
 
@@ -325,17 +338,6 @@ FUNC Spot triangle_block(int n) {
   while (n > block.row) n -= ++block.row;
   block.col = n;
   return block;
-}
-
-// c += x y^T for 8 rows of x and 8 rows of y, both 8K wide in threadgroup memory.
-template <int K, typename PX, typename PY>
-FUNC void block_mma(OWN Frag& c, PX x, int ldx, PY y, int ldy, Spot at) {
-  HLA_UNROLL
-  for (int k = 0; k < K; k++) {
-    Frag a = frag_read<false>(x + 8 * k, ldx, at);
-    Frag b = frag_read<true>(y + 8 * k, ldy, at);
-    frag_mma(c, a, b);
-  }
 }
 
 // p = scale D^power (x y^T) on and below the diagonal of the W x W chunk, zero above it inside the

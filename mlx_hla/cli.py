@@ -351,7 +351,7 @@ COMMANDS = {
     "info": Command("what a model is made of", _info_arguments, _info),
     "finetune": _late("adapt a model to your text: LoRA, DoRA or full", "tune.commands"),
     "fuse": _late("write a model and its adapter as one", "tune.commands", "fuse_arguments", "run_fuse"),
-    "selftest": _late("run every Metal kernel on this machine and check it", "selftest"),
+    "selftest": _late("run every kernel on this machine's GPU and check it", "selftest"),
     "lm": Command("run a command of mlx-lm's, which then knows these models", _lm_arguments, _lm),
 }
 

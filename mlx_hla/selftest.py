@@ -1,4 +1,4 @@
-"""`mlx-hla selftest`: every Metal kernel on this machine, against float64 and against the plain MLX ops.
+"""`mlx-hla selftest`: every kernel on this machine's GPU, against float64 and against the plain MLX ops.
 
 A case is one operator, what is run of it, dtype and shape. Its results (outputs and states, or each gradient)
 are compared in the relative Frobenius norm, each on its own, the largest error counts:
@@ -129,12 +129,12 @@ def machine() -> dict[str, str]:
 
 def why_not_here() -> str | None:
     """Why there is nothing to test, or None."""
-    if kernels.metal_available():
+    if kernels.gpu.here():
         return None
-    if mx.metal.is_available():
-        return "no Metal device here; MLX's default device is the CPU in place of the GPU"
+    if mx.metal.is_available() or mx.cuda.is_available():
+        return f"MLX's default device here is not {' or '.join(device.chip for device in kernels.GPUS)}"
     return (
-        "no Metal device here; the kernels run on Apple GPUs, and elsewhere the plain MLX ops serve every "
+        "no GPU here; the kernels run on Apple and NVIDIA GPUs, and elsewhere the plain MLX ops serve every "
         "call. On Linux, `pytest tests/test_kernels*.py` in a checkout runs the kernels on a CPU stand-in"
     )
 
@@ -172,7 +172,7 @@ def verdict_row(subject: proof.Subject, v: Verdict) -> str:
 
 
 def run(args, cases: Sequence[Case] | None = None, subjects: Sequence[proof.Subject] | None = None) -> int:
-    """Exit status: 0 if every case passes, 1 if one fails, 2 if there is no Metal device."""
+    """Exit status: 0 if every case passes, 1 if one fails, 2 if there is no GPU."""
     if args.repeats < 1:
         raise InputError(f"repeats must be at least 1, got {args.repeats}")
     if why := why_not_here():

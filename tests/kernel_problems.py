@@ -9,7 +9,7 @@ from ops_reference import Case as Case
 from standin import metal
 
 from mlx_hla import kernels
-from mlx_hla.ops import metal as on_metal
+from mlx_hla.ops import on_kernels
 from mlx_hla.ops.checks import Call, canonical_step
 from mlx_hla.ops.operator import Held
 
@@ -61,7 +61,7 @@ def through_steps(op, packed=False):
             token = (x[:, t] for x in (q, k, v))
             if packed:
                 call = canonical_step(op, *token, tested.operator.options, tested.options, **here)
-                o, state = on_metal.step(tested.operator, call, state, packed=True)
+                o, state = on_kernels.step(tested.operator, call, state, packed=True)
             else:
                 o, state = function(op, step=True)(*token, state, backend="metal", **here)
             outputs.append(o)
@@ -111,14 +111,14 @@ def _arrays_of(op, state):
 def sequence(op, q, k, v, g=None, state=None, *, scale=1.0, eps=None, ridge=0.0, decay_gradient=True):
     """(o, state) of a sequence by the kernels."""
     call = _call(op, q, k, v, g, scale, eps, ridge, decay_gradient)
-    o, state = on_metal.MetalSequence(OPERATORS[op].operator, call, _state(op, state)).run()
+    o, state = on_kernels.KernelSequence(OPERATORS[op].operator, call, _state(op, state)).run()
     return o, _arrays_of(op, state)
 
 
 def step(op, q, k, v, g=None, state=None, *, scale=1.0, eps=None, ridge=0.0, packed=False):
     """(o, state) of one token by its kernel."""
     call = _call(op, q, k, v, g, scale, eps, ridge)
-    o, state = on_metal.step(OPERATORS[op].operator, call, _state(op, state), packed)
+    o, state = on_kernels.step(OPERATORS[op].operator, call, _state(op, state), packed)
     return o, _arrays_of(op, state)
 
 

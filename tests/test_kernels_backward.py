@@ -12,8 +12,7 @@ from standin import metal
 import mlx_hla
 from mlx_hla import kernels
 from mlx_hla.kernels import between, plan
-from mlx_hla.ops import backend
-from mlx_hla.ops import metal as on_metal
+from mlx_hla.ops import backend, on_kernels
 from mlx_hla.ops.checks import canonical, canonical_step
 
 pytestmark = needs_standin
@@ -76,7 +75,7 @@ def test_a_constant_decay_costs_no_gradient(monkeypatch, op):
 def test_segments_and_a_number_are_constant_decays(monkeypatch):
     """Only an array for the decay has a gradient; cutting documents apart makes none."""
     metal.install(monkeypatch)
-    monkeypatch.setattr(kernels, "metal_available", lambda: True)
+    monkeypatch.setattr(kernels.gpu, "here", lambda: kernels.gpu.METAL)
     q = mx.random.normal((1, 70, 1, 16))
     ids = mx.arange(70)[None] // 30
 
@@ -217,7 +216,7 @@ def test_a_normalised_float16_call_is_planned_as_it_runs(monkeypatch, op):
         monkeypatch.setattr(f"mlx_hla.kernels.{module}.segments", seen)
     small = (q[:, :5, :1],) * 3
     small = canonical("op", *small, operator.options, decay=mx.ones((1,)), normalize=True)
-    on_metal.MetalSequence(operator, small, None).run()
+    on_kernels.KernelSequence(operator, small, None).run()
     assert 8 in widths
 
 

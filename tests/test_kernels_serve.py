@@ -62,7 +62,9 @@ def test_a_step_of_many_query_heads_is_a_sequence_of_one(monkeypatch):
 
 
 def test_availability_is_the_default_device():
-    assert kernels.metal_available() == (mx.metal.is_available() and mx.default_device() == mx.gpu)
+    on_gpu = mx.default_device() == mx.gpu
+    assert (kernels.gpu.here() is kernels.gpu.METAL) == (mx.metal.is_available() and on_gpu)
+    assert (kernels.gpu.here() is not None) <= on_gpu
 
 
 def test_nothing_is_built_at_import():

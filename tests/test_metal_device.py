@@ -11,7 +11,8 @@ from mlx_hla.ops.operator import choices
 pytestmark = [
     pytest.mark.metal,
     pytest.mark.skipif(
-        not kernels.metal_available(), reason="needs an Apple GPU: run `pytest -m metal` on a Mac"
+        kernels.gpu.here() is not kernels.gpu.METAL,
+        reason="needs an Apple GPU: run `pytest -m metal` on a Mac",
     ),
 ]
 
@@ -30,7 +31,7 @@ def test_selftest(family, kind):
 def problem(family, shape, kind="forward", dtype="float32"):
     case = selftest.Case(family, kind, dtype, shape)
     arrays, given = selftest.inputs(case)
-    return selftest.through(case, "metal"), arrays, given
+    return selftest.through(case, "kernels"), arrays, given
 
 
 def same(a, b):

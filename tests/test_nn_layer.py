@@ -185,7 +185,7 @@ BAD_OPTIONS = [
     ({"bias": 1}, "bias must be one of False, True, got 1"),
     ({"rope": True, "head_dim": 3}, "rope needs an even head_dim, got 3"),
     ({"output_gate": "relu"}, "output_gate must be one of False, True, 'silu', 'sigmoid', got 'relu'"),
-    ({"backend": "cuda"}, "backend must be one of None, 'mlx', 'metal', got 'cuda'"),
+    ({"backend": "rocm"}, "backend must be one of None, 'mlx', 'metal', 'cuda', got 'rocm'"),
 ]
 
 
@@ -252,12 +252,13 @@ def test_a_cache_of_another_layer_is_refused():
             HLACache.from_state(state)
 
 
-def test_an_unavailable_backend_is_an_error():
-    if mx.metal.is_available():
-        pytest.skip("Metal is available here")
-    attention = HLAttention(8, 2, backend="metal")
+@pytest.mark.parametrize("backend", ["metal", "cuda"])
+def test_an_unavailable_backend_is_an_error(backend):
+    if getattr(mx, backend).is_available():
+        pytest.skip(f"{backend} is available here")
+    attention = HLAttention(8, 2, backend=backend)
     cache = attention.make_cache()
-    with pytest.raises(ValueError, match="metal"):
+    with pytest.raises(ValueError, match=backend):
         attention(mx.zeros((1, 4, 8)), cache=cache)
     assert cache.empty()
     assert cache.conv is None

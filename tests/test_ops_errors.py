@@ -8,6 +8,7 @@ import pytest
 from ops_reference import OPERATORS, Case, Problem, each_operator, function, leaves, mlx_state
 
 import mlx_hla
+from mlx_hla import kernels
 from mlx_hla.ops.checks import decay_array
 
 B, T, HQ, HKV, D, V = 2, 8, 4, 2, 6, 5
@@ -85,8 +86,11 @@ CALLS = {
     ),
     "scale-huge": ({"scale": 10**400}, "scale must be a finite number, got 1000"),
     "normalize-string": ({"normalize": "false"}, "normalize must be True or False, got 'false'"),
-    "backend": ({"backend": "cuda"}, "backend must be None, 'mlx' or 'metal', got 'cuda'"),
-    "backend-array": ({"backend": mx.array(1)}, "backend must be None, 'mlx' or 'metal', got array(1"),
+    "backend": ({"backend": "rocm"}, "backend must be None, 'mlx', 'metal' or 'cuda', got 'rocm'"),
+    "backend-array": (
+        {"backend": mx.array(1)},
+        "backend must be None, 'mlx', 'metal' or 'cuda', got array(1",
+    ),
     "state-numpy": (
         {"initial_state": mlx_hla.HLA2State(np.zeros((2, 2, 6, 6)), VALUE)},
         "state.S must be float32 [2, 2, 6, 6], got array([[[[0., 0., 0., 0., 0., 0.], [0.",
@@ -136,7 +140,7 @@ STEPS = {
     "values": ({"v": VALUE[:1, 0]}, "v must be [2, 2, Dv], like k (2, 2, 6), got (1, 2, 5)"),
     "decay": ({"decay": mx.ones((2, 8, 2))}, "decay must be a number, [2] or [2, 2], got (2, 8, 2)"),
     "scale": ({"scale": float("inf")}, "scale must be a finite number, got inf"),
-    "backend": ({"backend": "gpu"}, "backend must be None, 'mlx' or 'metal', got 'gpu'"),
+    "backend": ({"backend": "gpu"}, "backend must be None, 'mlx', 'metal' or 'cuda', got 'gpu'"),
 }
 
 
@@ -229,11 +233,14 @@ def test_options_of_one_operator():
     refuses("hla3", message, lambda: mlx_hla.hla3(Q, K, VALUE, masked="false"))
 
 
-def test_metal_is_never_a_silent_choice():
-    if mx.metal.is_available():
-        pytest.skip("an Apple GPU serves the call")
-    with pytest.raises(ValueError, match=r"\[hla2\] backend 'metal' cannot serve .*not an Apple GPU"):
-        mlx_hla.hla2(Q, K, VALUE, backend="metal")
+@pytest.mark.parametrize("device", kernels.GPUS, ids=lambda device: device.name)
+def test_a_gpu_is_never_a_silent_choice(device):
+    if kernels.gpu.here() is device:
+        pytest.skip(f"{device.chip} serves the call")
+    with pytest.raises(
+        ValueError, match=rf"\[hla2\] backend '{device.name}' cannot serve .*is not {device.chip}"
+    ):
+        mlx_hla.hla2(Q, K, VALUE, backend=device.name)
 
 
 def test_decays_of_any_float_dtype_become_float32():

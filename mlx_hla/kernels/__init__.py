@@ -1,4 +1,4 @@
-"""Metal kernels for the operators, through `mx.fast.metal_kernel`. They know arrays, not operators' options.
+"""GPU kernels for the operators, by `mx.fast.metal_kernel` or `cuda_kernel`. They know arrays, not options.
 
 The interface for `mlx_hla.ops`:
 
@@ -18,25 +18,28 @@ The interface for `mlx_hla.ops`:
 - A step of hla2 or hla3 with `packed=True` takes and returns the symmetric S as its upper triangle,
   `pack(S)` `[B, Hkv, D (D + 1) / 2]`; `unpack` is the inverse. Nearly half of S's bytes less.
 
-`metal_available()` says whether this machine runs them, `why_not` in words why a call is not served.
+`gpu.here()` is the GPU that runs them on this machine, if any, `why_not` says why a call is not served.
 `worthwhile` is the rule for `backend=None` where they are not proved first, see `ops.proof`. Nothing is built
-at import; kernels are made by `mx.fast.metal_kernel`, looked up at each call.
+at import; the function that makes kernels, such as `mx.fast.metal_kernel`, is looked up at each call.
 """
 
 from __future__ import annotations
 
+from . import gpu
+from .gpu import GPUS
 from .one_pass import between, linear
 from .one_token import pack, step, unpack
 from .plan import worthwhile
 from .second_order import hla2
-from .serve import fuses, metal_available, steps, why_not
+from .serve import fuses, steps, why_not
 
 __all__ = [
+    "GPUS",
     "between",
     "fuses",
+    "gpu",
     "hla2",
     "linear",
-    "metal_available",
     "pack",
     "step",
     "steps",

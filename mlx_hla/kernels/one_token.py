@@ -11,7 +11,7 @@ import numpy as np
 
 from .passes import floats
 from .plan import step_simdgroups
-from .source import kernel
+from .source import launch
 
 
 def step(
@@ -42,12 +42,15 @@ def step(
         template.append(("PACKED", packed))
     if packed:
         matrices = [matrices[0][:, :, None], *matrices[1:]]  # the kernel takes four axes of every state
-    o, *new = kernel("step", f"{family}_step", bool(vectors))(
+    o, *new = launch(
+        "step",
+        f"{family}_step",
+        normalising=bool(vectors),
         inputs=[q, k, v, g, *matrices, floats(scale, ridge, eps), *vectors],
         template=template,
         output_shapes=[(B, Hq, DV), *(x.shape for x in (*matrices, *vectors))],
         output_dtypes=[q.dtype, *(mx.float32 for _ in (*matrices, *vectors))],
-        grid=(32 * simdgroups * B * Hkv, 1, 1),
+        grid=(32 * simdgroups, 1, B * Hkv),
         threadgroup=(32 * simdgroups, 1, 1),
     )
     if packed:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .plan import STRIPE, TINY, Back, Blocks, back_shape, blocks, ceil_div, staged_width
-from .source import kernel
+from .source import launch
 
 
 def floats(*values: float) -> mx.array:
@@ -34,7 +34,9 @@ def block_sums(y, z, g, cut: Blocks, factors, back: bool) -> tuple[mx.array, mx.
     same, z = z is None, y if z is None else z
     B, DY, DZ, S = y.shape[0], y.shape[3], z.shape[3], max(y.shape[2], z.shape[2])
     N, threads = cut.count - 1, 32 * stripes(DZ)
-    return kernel("linear", "linear_sums")(
+    return launch(
+        "linear",
+        "linear_sums",
         inputs=[y, z, g, ints(cut.length, 1 if back else 0), factors],
         template=[
             ("TY", y.dtype),
@@ -57,12 +59,14 @@ def border_states(sums, logs, first, factors, back: bool) -> mx.array:
     B, S, N, DY, DZ = sums.shape
     size = DY * DZ
     threads = min(256, 32 * ceil_div(size, 32))
-    return kernel("linear", "linear_scan")(
+    return launch(
+        "linear",
+        "linear_scan",
         inputs=[sums, logs, first, factors],
         template=[("BACK", back)],
         output_shapes=[(B, S, N + 1, DY, DZ)],
         output_dtypes=[mx.float32],
-        grid=(threads * ceil_div(size, threads), B * S, 1),
+        grid=(threads * ceil_div(size, threads), 1, B * S),
         threadgroup=(threads, 1, 1),
     )[0]
 
@@ -73,7 +77,9 @@ def outputs(x, y, z, g, entry, cut: Blocks, factors, dtype) -> tuple[mx.array, m
     B, T, X, DY = x.shape
     DZ, S = z.shape[3], entry.shape[1]
     heads, threads = max(X, S), 32 * stripes(DZ)
-    return kernel("linear", "linear_out")(
+    return launch(
+        "linear",
+        "linear_out",
         inputs=[x, y, z, g, entry, ints(cut.length), factors],
         template=[
             ("TX", x.dtype),
@@ -154,7 +160,9 @@ def back_queries(x, y, z, g, do, entry, plus, cut: Blocks, width: int, factors, 
     same, z = z is None, y if z is None else z
     (B, T, heads, DZ), DY, S = do.shape, y.shape[3], entry.shape[1]
     threads = 32 * stripes(DY)
-    return kernel("backward", "back_queries")(
+    return launch(
+        "backward",
+        "back_queries",
         inputs=[x, y, z, do, g, entry, x if plus is None else plus, ints(cut.length), factors],
         template=[
             ("TZ", z.dtype),
@@ -186,7 +194,9 @@ def back_keys(x, y, z, g, do, after, a, borders, cut: Blocks, shape: Back, facto
     simdgroups = 2 * ceil_div(ceil_div(max(DY, DZ), 8), shape.stripe * shape.halves)
     dtypes = [_part_dtype(y, heads), _part_dtype(z, heads)]
     threads = 32 * simdgroups
-    dy, dz, r, first = kernel("backward", "back_keys")(
+    dy, dz, r, first = launch(
+        "backward",
+        "back_keys",
         inputs=[
             x,
             y,

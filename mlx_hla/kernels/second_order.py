@@ -15,7 +15,7 @@ from . import passes
 from .one_pass import between, whole_decay
 from .passes import floats, ints, stripes
 from .plan import Blocks, back_shape, blocks, fused, segments, wide_chunk
-from .source import kernel
+from .source import launch
 
 
 class Operands(NamedTuple):
@@ -88,7 +88,9 @@ def walk(q, k, v, g, S, F, scale: float, ridge: float) -> Walked:
     """One threadgroup per head."""
     (B, T, Hq, _), DV = q.shape, v.shape[3]
     template, threads = _template(q, v)
-    o, S, F = kernel("hla2", "hla2_walk")(
+    o, S, F = launch(
+        "hla2",
+        "hla2_walk",
         inputs=[q, k, v, g, S, F, floats(scale, ridge)],
         template=template,
         output_shapes=[(B, T, Hq, DV), S.shape, F.shape],
@@ -103,7 +105,9 @@ def middle(q, k, v, g, entry, cut: Blocks, scale: float, ridge: float):
     """(K̃, what each block but the last adds to F, its log decay, S after the last token)."""
     (B, T, Hq, D), DV, Hkv, N = q.shape, v.shape[3], k.shape[2], cut.count
     template, threads = _template(q, v)
-    return kernel("hla2", "hla2_middle")(
+    return launch(
+        "hla2",
+        "hla2_middle",
         inputs=[q, k, v, g, entry, ints(cut.length), floats(scale, ridge)],
         template=[*template, ("TK", between(q.dtype))],
         output_shapes=[(B, T, Hq, D), (B, Hq, N - 1, D, DV), (B, Hq, N - 1, 2), (B, Hkv, D, D)],

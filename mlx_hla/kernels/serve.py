@@ -10,11 +10,6 @@ DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 STEPS = ("linear", "hla2", "ahla", "hla3")  # families that metal/step.metal has a kernel for
 
 
-def metal_available() -> bool:
-    """True where MLX's default device is an Apple GPU."""
-    return mx.metal.is_available() and mx.default_device() == mx.gpu
-
-
 def why_not(q: mx.array, k: mx.array, v: mx.array) -> str | None:
     """Why the kernels do not serve this call (shapes of a sequence or of one token), or None if they do."""
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:

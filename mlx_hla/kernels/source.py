@@ -1,5 +1,8 @@
 """Finds metal/, splits its files into a shared header and kernel bodies, and builds kernels when used.
 
+The bodies are one text for every GPU. What a GPU has of its own are sections of tiles.metal; where it has a
+file of such sections, `GPU.words`, each takes the place of the one with the same heading.
+
 A file of `metal/` is a header (helpers, contracts) and kernels, each of them
 
     //# kernel NAME
@@ -8,7 +11,7 @@ A file of `metal/` is a header (helpers, contracts) and kernels, each of them
     //# normalising: m
     // its contract
     //# body
-    the statements that `mx.fast.metal_kernel` puts into the function it writes
+    the statements that MLX puts into the function it writes
 
 What all of a file's bodies begin with stands once, in its header:
 
@@ -16,7 +19,7 @@ What all of a file's bodies begin with stands once, in its header:
     statements
     //# end
 
-Those of tiles.metal come first in every kernel: they say in a GPU's own words which thread this is.
+Those of the helpers come first in every kernel: they say in a GPU's own words which thread this is.
 
 A kernel that has a `normalising` line comes in a second variant, compiled with HLA_NORMALISING: its inputs
 end in those of that line, and its outputs in the same names with `_new`.
@@ -28,11 +31,15 @@ expands no macros first.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+
+from . import gpu
+from .gpu import GPU, METAL
 
 HELPERS = "tiles"
 
@@ -67,6 +74,10 @@ class Source:
             self.body,
         )
 
+    def rounded(self) -> Source:
+        """The variant for calls of a half type, where products may round as the type does."""
+        return replace(self, name=f"{self.name}_rounded", header=f"#define HLA_ROUNDED\n{self.header}")
+
 
 _KERNEL = re.compile(
     r"^//# kernel (?P<name>\w+)\n//# inputs: (?P<inputs>[\w ]+)\n//# outputs: (?P<outputs>[\w ]+)\n"
@@ -75,32 +86,51 @@ _KERNEL = re.compile(
 )
 _USES = re.compile(r"^//# uses: ([\w ]+)\n", re.M)
 _BEFORE = re.compile(r"^//# before each body\n(.*?)^//# end\n", re.M | re.S)
+_HEADING = re.compile(r"^(?=// ---- (.*?) -+$)", re.M)
+
+
+def sections(text: str) -> dict[str, str]:
+    """A text by the headings in it, each with its own; what comes before the first stands under ""."""
+    first, *rest = _HEADING.split(text)
+    return {"": first, **dict(zip(rest[::2], rest[1::2], strict=True))}
+
+
+def text_of(file: str, device: GPU = METAL) -> str:
+    """What stands in metal/<file>.metal, for this GPU."""
+    text = (folder() / f"{file}.metal").read_text(encoding="ascii")
+    if file != HELPERS or device.words is None:
+        return text
+    own = sections((folder() / device.words).read_text(encoding="ascii"))
+    own[""] = ""
+    found = sections(text)
+    assert own.keys() <= found.keys(), own.keys() - found.keys()
+    return "".join((found | own).values())
 
 
 @cache
-def _parts(file: str) -> tuple[str, str, str]:
+def _parts(file: str, device: GPU) -> tuple[str, str, str]:
     """A file's own header, the statements that its bodies begin with, and its kernels."""
-    text = (folder() / f"{file}.metal").read_text(encoding="ascii")
+    text = text_of(file, device)
     first = _KERNEL.search(text)
     end = first.start() if first else len(text)
     return _BEFORE.sub("", text[:end]), "".join(_BEFORE.findall(text[:end])), text[end:]
 
 
 @cache
-def _header(file: str) -> str:
+def _header(file: str, device: GPU) -> str:
     """A file's header after those that its `//# uses:` line names."""
-    own = _parts(file)[0]
+    own = _parts(file, device)[0]
     uses = _USES.search(own)
-    before = "" if file == HELPERS else _header(HELPERS)
+    before = "" if file == HELPERS else _header(HELPERS, device)
     for name in uses.group(1).split() if uses else ():
-        before += _header(name).removeprefix(_header(HELPERS))
+        before += _header(name, device).removeprefix(_header(HELPERS, device))
     return before + own
 
 
 @cache
-def sources(file: str) -> dict[str, Source]:
+def sources(file: str, device: GPU = METAL) -> dict[str, Source]:
     """The kernels of metal/<file>.metal by name."""
-    _, before, text = _parts(file)
+    _, before, text = _parts(file, device)
     found = list(_KERNEL.finditer(text))
     ends = [m.start() for m in found[1:]] + [len(text)]
     return {
@@ -108,29 +138,42 @@ def sources(file: str) -> dict[str, Source]:
             m["name"],
             tuple(m["inputs"].split()),
             tuple(m["outputs"].split()),
-            _header(file),
-            _parts(HELPERS)[1] + before + text[m.end() : end],
+            _header(file, device),
+            _parts(HELPERS, device)[1] + before + text[m.end() : end],
             tuple((m["normalising"] or "").split()),
         )
         for m, end in zip(found, ends, strict=True)
     }
 
 
-_built: dict[tuple[str, str, bool], tuple[object, object]] = {}
+_built: dict[tuple[str, str, bool, bool], tuple[object, object]] = {}
 
 
-def kernel(file: str, name: str, normalising: bool = False):
-    """The kernel `name` of metal/<file>.metal, built by `mx.fast.metal_kernel` at its first use.
+def launch(
+    file: str,
+    name: str,
+    *,
+    inputs: list[mx.array],
+    grid: tuple[int, int, int],
+    normalising: bool = False,
+    **how: Any,
+) -> Any:
+    """The outputs of the kernel `name` of metal/<file>.metal on the GPU that is here; MLX's keywords.
 
-    The function is looked up at every call, and what another one built is not used: replacing
-    `mx.fast.metal_kernel` replaces the machine that all kernels run on.
+    grid: threads along x, y, z; heads go along z. The maker, such as `mx.fast.metal_kernel`, is looked up at
+    every call, and what another one built is not used: replacing it replaces the machine that kernels run on.
     """
-    make = mx.fast.metal_kernel
-    entry = _built.get((file, name, normalising))
+    device = gpu.language()
+    rounded = device.rounds and any(a.dtype.size == 2 for a in inputs)
+    make = device.maker()
+    key = (file, name, normalising, rounded)
+    entry = _built.get(key)
     if entry is None or entry[0] is not make:
-        source = sources(file)[name]
+        source = sources(file, device)[name]
         if normalising:
             source = source.normalised()
+        if rounded:
+            source = source.rounded()
         built = make(
             name=f"hla_{source.name}",
             input_names=list(source.inputs),
@@ -139,5 +182,6 @@ def kernel(file: str, name: str, normalising: bool = False):
             header=source.header,
             ensure_row_contiguous=False,
         )
-        entry = _built[file, name, normalising] = (make, built)
-    return entry[1]
+        entry = _built[key] = (make, built)
+    run: Any = entry[1]
+    return run(inputs=inputs, grid=device.grid(grid, how["threadgroup"]), **how)

@@ -31,6 +31,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_hla.ops import backend as run
+from mlx_hla.ops.backend import BACKENDS
 from mlx_hla.ops.operator import Operator
 from mlx_hla.ops.order import operator_of
 
@@ -63,7 +64,7 @@ class HLAttention(Mixer):
         output_gate: False, True or "silu", or "sigmoid": multiply by the activation of a projection of x.
         normalize: divide by the operator's normaliser. It is a signed sum: near zero it is unsafe.
         bias: biases in the projections.
-        backend: None, "mlx" or "metal", as the operators take it.
+        backend: None, "mlx", "metal" or "cuda", as the operators take it.
     """
 
     # Of the sums over all tokens, float16 holds none: see Range.
@@ -103,7 +104,7 @@ class HLAttention(Mixer):
         )
         self._check_choice("coefficients", coefficients, ("learned", None))
         self._check_choice("decay", decay, ("gate", "fixed", None))
-        self._check_choice("backend", backend, (None, "mlx", "metal"))
+        self._check_choice("backend", backend, BACKENDS)
         for name, flag in {"output_norm": output_norm, "normalize": normalize}.items():
             self._check_choice(name, flag, (False, True))
         self.decay, self.normalize, self.backend = decay, normalize, backend

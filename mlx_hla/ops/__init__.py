@@ -17,7 +17,7 @@ initial_state: the state that an earlier call returned.
 group: an `mx.distributed` group over whose ranks T is split. Each gives its stretch, in the order of ranks
     and of any length, with the same options and the same initial_state. The state that comes back is the
     whole sequence's, on every rank. Not for Algorithm 3.
-backend: None picks the Metal kernels where they serve the call and the plain MLX ops elsewhere; "metal"
+backend: None picks the GPU kernels where they serve the call and the plain MLX ops elsewhere; "metal", "cuda"
     or "mlx" asks for one.
 
 Returns `(o, state)`: o `[B, T, Hq, Dv]` in the dtype of q, and a NamedTuple of float32 arrays. Gradients

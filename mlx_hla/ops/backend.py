@@ -1,9 +1,9 @@
 """Runs an operator: checks, the choice of a backend, its composition where that says.
 
-`backend=None` takes the Metal kernels on an Apple GPU where they have proved themselves (`proof`): for
+`backend=None` takes the kernels on an Apple or NVIDIA GPU where they have proved themselves (`proof`): for
 sequences that `kernels.why_not` does not refuse, and for one token where the operator has a kernel for it.
-The environment variable MLX_HLA_BACKEND=mlx turns them off. `backend="metal"` raises where they cannot serve;
-nothing falls back in silence.
+The environment variable MLX_HLA_BACKEND=mlx turns them off. `backend="metal"` and "cuda" raise where they
+cannot serve; nothing falls back in silence.
 """
 
 from __future__ import annotations
@@ -17,16 +17,20 @@ import mlx.core as mx
 from mlx_hla.errors import InputError
 
 from .. import kernels
-from . import metal, proof
+from . import on_kernels, proof
 from .checks import Call, canonical, canonical_step, choice
 from .operator import Operator
 from .places import Sequence, Token
 
+BACKENDS = (None, "mlx", *(device.name for device in kernels.GPUS))
 
-def _why_not(call: Call) -> str | None:
-    if not kernels.metal_available():
-        return "MLX's default device is not an Apple GPU"
-    return kernels.why_not(call.q, call.k, call.v)
+
+def _why_not(call: Call, backend: str | None) -> str | None:
+    here = kernels.gpu.here()
+    for device in kernels.GPUS:
+        if backend == device.name and here is not device:
+            return f"MLX's default device is not {device.chip}"
+    return "no GPU" if here is None else kernels.why_not(call.q, call.k, call.v)
 
 
 def _preferred(operator: Operator, call: Call) -> bool:
@@ -37,21 +41,21 @@ def _preferred(operator: Operator, call: Call) -> bool:
     if proof.asked_for():
         return proof.trusted(operator, call)
     return call.q.ndim == 3 or kernels.worthwhile(
-        dims.D, dims.Dv + call.normalize, metal.run_dtype(operator, call)
+        dims.D, dims.Dv + call.normalize, on_kernels.run_dtype(operator, call)
     )
 
 
-def _on_metal(operator: Operator, call: Call, backend: str | None) -> bool:
-    choice(call.op, "backend", backend, (None, "mlx", "metal"))
+def _by_kernels(operator: Operator, call: Call, backend: str | None) -> bool:
+    choice(call.op, "backend", backend, BACKENDS)
     wish = os.environ.get("MLX_HLA_BACKEND") or None
     if wish not in (None, "mlx"):
         raise InputError(f"the environment variable MLX_HLA_BACKEND must be mlx or unset, got {wish[:60]!r}")
     if backend == "mlx" or (backend is None and wish):
         return False
-    why = _why_not(call)
-    if backend == "metal" and why:
-        raise ValueError(f"[{call.op}] backend 'metal' cannot serve this call: {why}")
-    return not why and (backend == "metal" or _preferred(operator, call))
+    why = _why_not(call, backend)
+    if backend and why:
+        raise ValueError(f"[{call.op}] backend {backend!r} cannot serve this call: {why}")
+    return not why and (backend is not None or _preferred(operator, call))
 
 
 def sequence(
@@ -68,7 +72,7 @@ def sequence(
     """(o, state) of an operator over a sequence; own: its own options, shared: those of all operators."""
     call = canonical(operator.name, q, k, v, operator.options, own, **shared)
     state = operator.check(call, initial_state)
-    place = metal.MetalSequence if _on_metal(operator, call, backend) else Sequence
+    place = on_kernels.KernelSequence if _by_kernels(operator, call, backend) else Sequence
     return place(operator, call, state).run()
 
 
@@ -86,6 +90,6 @@ def step(
     """(o, state) of an operator for one token."""
     call = canonical_step(f"{operator.name}_step", q, k, v, operator.options, own, **shared)
     state = operator.check(call, state)
-    if _on_metal(operator, call, backend):
-        return metal.one_token(operator, call, state)
+    if _by_kernels(operator, call, backend):
+        return on_kernels.one_token(operator, call, state)
     return Token(operator, call, state).run()

@@ -18,7 +18,7 @@ import numpy as np
 from mlx_hla import kernels
 from mlx_hla.transforms import leaves
 
-from . import metal
+from . import on_kernels
 from .checks import Dims, canonical, canonical_step
 from .operator import Held, Operator, find
 from .places import Sequence as SequenceOps
@@ -100,13 +100,13 @@ def state_from(operator: Operator, arrays: Sequence, kind: type | None = None):
 
 
 def through(case: Case, name: str) -> Run:
-    """The case on a backend, "metal" or "mlx", whatever `backend` would choose."""
+    """The case on the "kernels" or on plain "mlx" ops, whatever `backend` would choose."""
     operator = case.operator
-    scale, on_metal = case.shape.D**-0.5, name == "metal"
+    scale, launched = case.shape.D**-0.5, name == "kernels"
 
     def sequence(q, k, v, g, *state):
         call = canonical(operator.name, q, k, v, operator.options, decay=g, scale=scale)
-        place = metal.MetalSequence if on_metal else SequenceOps
+        place = on_kernels.KernelSequence if launched else SequenceOps
         o, after = place(operator, call, state_from(operator, state)).run()
         return [o, *leaves(after)]
 
@@ -114,12 +114,12 @@ def through(case: Case, name: str) -> Run:
         token = (x[:, 0] for x in (q, k, v))
         call = canonical_step(operator.name, *token, operator.options, decay=g[:, 0], scale=scale)
         start = state_from(operator, state)
-        if not on_metal:
+        if not launched:
             o, after = Token(operator, call, start).run()
         elif case.kind == "packed":
-            o, after = metal.step(operator, call, start, packed=True)
+            o, after = on_kernels.step(operator, call, start, packed=True)
         else:
-            o, after = metal.one_token(operator, call, start)
+            o, after = on_kernels.one_token(operator, call, start)
         return [o[:, None], *leaves(after)]
 
     return sequence if case.sequence else step
@@ -187,7 +187,7 @@ def compare(case: Case, want: Sequence[np.ndarray] | None = None) -> Comparison:
     ops = with_gradients(case, through(case, "mlx"), given)
     ops_error, _ = error_of(ops(*arrays), want, names_of(case))
     tolerance = min(max(4 * ops_error, LEAST[case.dtype]), MOST[case.dtype])
-    kernel = with_gradients(case, through(case, "metal"), given)
+    kernel = with_gradients(case, through(case, "kernels"), given)
     if case.kind == "packed":
         arrays[4] = kernels.pack(arrays[4])
     try:
@@ -209,8 +209,8 @@ def times(case: Case, repeats: int) -> tuple[float, float]:
     if case.kind == "packed":
         packed[4] = kernels.pack(packed[4])
     queue = 20 if case.shape.T == 1 and repeats > 1 else 1
-    runs = ((with_gradients(case, through(case, name), given), name) for name in ("metal", "mlx"))
+    runs = ((with_gradients(case, through(case, name), given), name) for name in ("kernels", "mlx"))
     kernel_ms, ops_ms = (
-        milliseconds(run, packed if name == "metal" else arrays, repeats, queue) for run, name in runs
+        milliseconds(run, packed if name == "kernels" else arrays, repeats, queue) for run, name in runs
     )
     return kernel_ms, ops_ms

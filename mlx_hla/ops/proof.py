@@ -1,4 +1,4 @@
-"""Whether the Metal kernels are to be trusted on this machine: tried once, before they are first taken.
+"""Whether the kernels are to be trusted on this machine: tried once, before they are first taken.
 
 A compiler, a GPU or a system that nobody tried can break a kernel, or make it slower than the plain ops. So
 before `backend=None` takes kernels for the first time, the operator that is asked for is run by both on a few
@@ -7,7 +7,7 @@ kernel does not compile, differs or is slower, MLX ops serve in its place, and o
 verdict is kept for the machine, see `verdicts`. A process that dies meanwhile leaves word, and nobody tries
 again. What is measured here goes before the rule `kernels.worthwhile`, which was reasoned from counts.
 
-MLX_HLA_PROOF=0: kernels are taken unproved, by that rule. backend="metal" never asks.
+MLX_HLA_PROOF=0: kernels are taken unproved, by that rule. backend="metal" and "cuda" never ask.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mlx_hla.verdicts import Verdict
 
 from .cases import Case, Shape, compare, times
 from .checks import Call
-from .metal import run_dtype
+from .on_kernels import run_dtype
 from .operator import Operator, choices, find
 
 WIDTHS = (64, 128)  # a verdict is for heads up to one of these widths
@@ -109,8 +109,9 @@ def verdict_of(subject: Subject, renew: bool = False, warn: bool = True) -> Verd
 def in_words(subject: Subject, verdict: Verdict) -> str:
     what = "a step" if subject.kind == "step" else "sequences"
     return (
-        f"mlx-hla's Metal kernels of {subject.family} for {what} in {subject.dtype}, heads up to "
-        f"{subject.width}, are not used on this machine ({_chip()}): {verdict.why}. Plain MLX ops are. "
+        f"mlx-hla's {kernels.gpu.language().title} kernels of {subject.family} for {what} in "
+        f"{subject.dtype}, heads up to {subject.width}, are not used on this machine ({_chip()}): "
+        f"{verdict.why}. Plain MLX ops are. "
         "Please report it with the table of `mlx-hla selftest`, which also tries again; "
         "MLX_HLA_BACKEND=mlx avoids kernels without asking"
     )
@@ -194,7 +195,8 @@ def _chip() -> str:
 def machine() -> str:
     """What a verdict holds for: the device, the system, MLX's version, and these very kernels."""
     sources = hashlib.sha256()
-    for path in [*sorted(folder().glob("*.metal")), *sorted(Path(kernels.__file__).parent.glob("*.py"))]:
+    files = [*folder().glob("*.metal"), *folder().glob("*.cuh"), *Path(kernels.__file__).parent.glob("*.py")]
+    for path in sorted(files):
         sources.update(path.read_bytes())
     system = f"macOS {platform.mac_ver()[0]}" if platform.mac_ver()[0] else platform.platform(terse=True)
     version = mx.__version__  # type: ignore[attr-defined]

@@ -141,9 +141,9 @@ def install(monkeypatch, **changes):
     monkeypatch.setattr(mx.fast, "metal_kernel", metal_kernel)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     with contextlib.suppress(ImportError):
-        import mlx_hla.kernels
+        from mlx_hla.kernels import gpu
 
-        monkeypatch.setattr(mlx_hla.kernels, "metal_available", lambda: True)
+        monkeypatch.setattr(gpu, "here", lambda: gpu.METAL)
     monkeypatch.setattr(mx, "compile", _no_compile)
     monkeypatch.setitem(globals(), "_options", dataclasses.replace(_options, **changes))
 

@@ -1,4 +1,4 @@
-"""Where an operator's passes run on an Apple GPU: on the kernels of first order, or in its own kernel."""
+"""Where an operator's passes run on a GPU's kernels: on those of first order, or in its own kernel."""
 
 # B batch, T time, Hq query heads, Hkv key-value heads, D key dim, V value dim
 
@@ -19,7 +19,7 @@ from .parallel import left
 from .places import Tokens, earlier, number
 
 
-class MetalSequence(Tokens):
+class KernelSequence(Tokens):
     """All tokens at once. q, k, v as the call has them, `[B, T, heads, D]`, states `[B, heads, D, V]`."""
 
     def __init__(self, operator: Operator, call: Call, state: Any):
@@ -153,7 +153,7 @@ def _step(
         token = Call(
             operator.name, q, k, v, g if decay else None, scale, normalize, eps or 0.0, options=dict(options)
         )
-        o, after = MetalSequence(
+        o, after = KernelSequence(
             operator, token.as_sequence(), operator.state_of(_named(operator, matrices, state[n:]))
         ).run()
         matrices, vectors = _listed(operator, after)
@@ -205,5 +205,5 @@ def one_token(operator: Operator, call: Call, state: Any) -> tuple[mx.array, Any
     """One token: by the step's kernel where there is one, else by the passes of a sequence of one."""
     if kernels.steps(operator.family, call.dims.Hq // call.dims.Hkv):
         return step(operator, call, state)
-    o, state = MetalSequence(operator, call.as_sequence(), state).run()
+    o, state = KernelSequence(operator, call.as_sequence(), state).run()
     return o[:, 0], state

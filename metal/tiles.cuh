@@ -1,0 +1,301 @@
+// What stands in the place of two sections of tiles.metal on an NVIDIA GPU: the words that the rest is written in, for
+// warps of 32 lanes, and the products, on tensor cores. Compiled by NVRTC as `mx.fast.cuda_kernel` hands it over.
+// Compute capability 8.0 or later.
+//
+// An instruction multiplies 16 x 8 by 8 x 8 numbers of TF32, which is float32 with a mantissa of 11 bits, and adds in
+// float32. Half types are exact in it. A float32 operand goes in as two numbers, its first 11 bits and the rest, so a
+// product has two or three instructions and float32's accuracy. HLA_ROUNDED, set where a call's q, k and v are
+// of a half type: it goes in as one, rounded to nearest, which is as exact as the half types are.
+
+// ---- What a GPU has of its own -----------------------------------------------------------------
+
+#define FUNC __device__ __forceinline__
+#define CONSTANT static constexpr
+#define SHARED __shared__ __align__(16)
+#define IN_SHARED
+#define OWN
+
+#ifndef HLA_UNROLL
+#define HLA_UNROLL _Pragma("unroll")
+#endif
+
+struct alignas(8) Pair {
+  float of[2];
+
+  Pair() = default;
+  FUNC Pair(float first, float second) : of{first, second} {}
+  FUNC float& operator[](int i) { return of[i]; }
+  FUNC float operator[](int i) const { return of[i]; }
+};
+
+FUNC Pair operator+(Pair x, Pair y) { return Pair(x[0] + y[0], x[1] + y[1]); }
+
+FUNC void operator+=(Pair& x, Pair y) { x = x + y; }
+
+struct Index {
+  int x, y, z;
+};
+
+// Of the grid's axes only x may have more than 65,535 threadgroups: it is where z, the heads, go.
+struct Launch {
+  int index, threads;
+  int simdgroup, lane;
+  Index group, groups;
+};
+
+//# before each body
+  const Launch launch = {
+      int(threadIdx.x), int(blockDim.x), int(threadIdx.x) / 32, int(threadIdx.x) % 32,
+      {int(blockIdx.z), int(blockIdx.y), int(blockIdx.x)}, {int(gridDim.z), int(gridDim.y), int(gridDim.x)}};
+  const Spot at = lane_spot(launch.lane);
+//# end
+
+struct Frag {
+  float of[2];
+};
+
+FUNC void sync_threadgroup() { __syncthreads(); }
+
+// A lane holds (row, col) and (row, col + 1) of a fragment: half of what it holds of an instruction's 16 x 8 result.
+struct Spot {
+  int row, col;
+};
+
+FUNC Spot lane_spot(int lane) {
+  Spot at;
+  at.row = lane / 4;
+  at.col = lane % 4 * 2;
+  return at;
+}
+
+FUNC void frag_set(Frag& f, float left, float right) {
+  f.of[0] = left;
+  f.of[1] = right;
+}
+
+FUNC Pair frag_get(const Frag& f) { return Pair(f.of[0], f.of[1]); }
+
+FUNC Frag frag_zero() {
+  Frag f;
+  frag_set(f, 0.0f, 0.0f);
+  return f;
+}
+
+FUNC void frag_scale(Frag& f, float by) {
+  f.of[0] *= by;
+  f.of[1] *= by;
+}
+
+// Shuffles name all lanes: every one of them comes here, whatever it did before.
+FUNC float lane_value(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+
+FUNC float lane_across(float x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
+
+FUNC float lanes_cumsum(float x) {
+  const int lane = threadIdx.x % 32;
+  HLA_UNROLL
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const float before = __shfl_up_sync(0xffffffffu, x, distance);
+    if (lane >= distance) x += before;
+  }
+  return x;
+}
+
+FUNC float lanes_sum(float x) {
+  HLA_UNROLL
+  for (int distance = 16; distance > 0; distance /= 2) x += lane_across(x, distance);
+  return x;
+}
+
+FUNC float row_sum(float x) {
+  x += lane_across(x, 1);
+  return x + lane_across(x, 2);
+}
+
+FUNC float col_sum(float x) {
+  x += lane_across(x, 4);
+  x += lane_across(x, 8);
+  return x + lane_across(x, 16);
+}
+
+// ---- Products ------------------------------------------------------------------------------------
+//
+// In an instruction, lane 4 g + t has of the left operand rows g and g + 8, of the right one column g, and of both
+// the places t and t + 4 of the sum. Which terms of the sum stand in these places is free, if it is the same for both:
+// 2 t and 2 t + 1 (PAIRS) or t and t + 4, whichever lies better in memory. Two fragments, one below the other,
+// make the 16 rows.
+
+// x rounded to 11 bits, to nearest; ties away from zero.
+FUNC unsigned tf32(float x) {
+  unsigned bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+}
+
+// A number of an operand: its first bits, and the rest of them where EXACT.
+template <bool EXACT>
+struct Number {
+  unsigned first, rest;
+};
+
+template <bool EXACT>
+FUNC Number<EXACT> number(float x) {
+  Number<EXACT> n;
+  n.first = tf32(x);
+  if (EXACT) n.rest = __float_as_uint(x - __uint_as_float(n.first));
+  return n;
+}
+
+// Whether numbers of a type are to be cut in two.
+template <typename P>
+FUNC constexpr bool in_two() {
+#ifdef HLA_ROUNDED
+  return false;
+#else
+  return sizeof(*P()) == 4;
+#endif
+}
+
+FUNC void mma_tf32(Frag& top, Frag& bottom, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(top.of[0]), "+f"(top.of[1]), "+f"(bottom.of[0]), "+f"(bottom.of[1])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// What a lane has of one row of an operand, or of one column: two places of the sum.
+template <bool EXACT>
+struct Places {
+  Number<EXACT> of[2];
+};
+
+template <bool EXACT>
+FUNC Places<EXACT> places(float first, float second) {
+  Places<EXACT> x;
+  x.of[0] = number<EXACT>(first);
+  x.of[1] = number<EXACT>(second);
+  return x;
+}
+
+// top and bottom += the 16 rows of which a lane has those two, times its column.
+template <bool A, bool B>
+FUNC void places_mma(Frag& top, Frag& bottom, const Places<A>& upper, const Places<A>& lower, const Places<B>& right) {
+  if (A) {
+    mma_tf32(top, bottom, upper.of[0].rest, lower.of[0].rest, upper.of[1].rest, lower.of[1].rest, right.of[0].first,
+             right.of[1].first);
+  }
+  if (B) {
+    mma_tf32(top, bottom, upper.of[0].first, lower.of[0].first, upper.of[1].first, lower.of[1].first,
+             right.of[0].rest, right.of[1].rest);
+  }
+  mma_tf32(top, bottom, upper.of[0].first, lower.of[0].first, upper.of[1].first, lower.of[1].first,
+           right.of[0].first, right.of[1].first);
+}
+
+template <typename T>
+struct alignas(2 * sizeof(T)) Neighbours {
+  T left, right;
+};
+
+template <typename T>
+FUNC Neighbours<T> neighbours(const T* p) { return *reinterpret_cast<const Neighbours<T>*>(p); }
+
+// A lane's places of row at.row of the 8 x 8 block at p in shared memory; TURNED: of the block's transpose.
+template <bool EXACT, bool PAIRS, bool TURNED, typename P>
+FUNC Places<EXACT> places_read(P p, int ld, Spot at) {
+  if (TURNED) {
+    const int first = PAIRS ? at.col : at.col / 2, second = PAIRS ? at.col + 1 : at.col / 2 + 4;
+    return places<EXACT>(static_cast<float>(p[first * ld + at.row]), static_cast<float>(p[second * ld + at.row]));
+  }
+  if (PAIRS) {
+    const auto both = neighbours(p + at.row * ld + at.col);
+    return places<EXACT>(static_cast<float>(both.left), static_cast<float>(both.right));
+  }
+  p += at.row * ld + at.col / 2;
+  return places<EXACT>(static_cast<float>(p[0]), static_cast<float>(p[4]));
+}
+
+// A lane's places of column at.row of a fragment. Row r lies in the four lanes from 4 r on.
+template <bool EXACT, bool PAIRS>
+FUNC Places<EXACT> places_of(const Frag& f, Spot at) {
+  const int from = (PAIRS ? 4 : 2) * at.col + at.row / 2;
+  float of[2];
+  HLA_UNROLL
+  for (int e = 0; e < 2; e++) {
+    const int lane = from + (PAIRS ? 4 : 16) * e;
+    const float left = lane_value(f.of[0], lane), right = lane_value(f.of[1], lane);
+    of[e] = at.row % 2 == 0 ? left : right;
+  }
+  return places<EXACT>(of[0], of[1]);
+}
+
+template <bool EXACT>
+FUNC Places<EXACT> no_places() { return {}; }
+
+// Where the sum's terms go for a left operand of this type: so that a warp's lanes read from different banks.
+template <typename P>
+FUNC constexpr bool by_pairs(bool turned) { return turned || sizeof(*P()) == 2; }
+
+template <int R, int K, int C, bool TURNED, bool CAUSAL, typename P>
+FUNC void tile_mma(Tile<R, C>& c, P a, int ld, const Tile<K, C>& b, Spot at) {
+  constexpr bool A = in_two<P>(), B = in_two<const float*>(), PAIRS = by_pairs<P>(TURNED);
+  HLA_UNROLL
+  for (int k = 0; k < K; k++) {
+    Places<B> right[C];
+    HLA_UNROLL
+    for (int j = 0; j < C; j++) right[j] = places_of<B, PAIRS>(b.f[k][j], at);
+    HLA_UNROLL
+    for (int r = 0; r < R; r += 2) {
+      const bool top = !CAUSAL || (TURNED ? k >= r : k <= r);
+      const bool bottom = r + 1 < R && (!CAUSAL || (TURNED ? k >= r + 1 : k <= r + 1));
+      Places<A> upper = no_places<A>(), lower = no_places<A>();
+      if (top) upper = places_read<A, PAIRS, TURNED>(TURNED ? a + 8 * k * ld + 8 * r : a + 8 * r * ld + 8 * k, ld, at);
+      if (bottom) {
+        const int below = r + 1;
+        lower = places_read<A, PAIRS, TURNED>(
+            TURNED ? a + 8 * k * ld + 8 * below : a + 8 * below * ld + 8 * k, ld, at);
+      }
+      HLA_UNROLL
+      for (int j = 0; j < C; j++) {
+        Frag none = frag_zero();
+        if (top || bottom) places_mma(c.f[r][j], r + 1 < R ? c.f[(r + 1) % R][j] : none, upper, lower, right[j]);
+      }
+    }
+  }
+}
+
+// Some blocks below the diagonal are made all the same.
+template <int R, int K, int C, typename P>
+FUNC void tile_mma_upper(Tile<R, C>& c, P a, int ld, const Tile<K, C>& b, int col, Spot at) {
+  constexpr bool A = in_two<P>(), B = in_two<const float*>(), PAIRS = by_pairs<P>(true);
+  HLA_UNROLL
+  for (int k = 0; k < K; k++) {
+    Places<B> right[C];
+    HLA_UNROLL
+    for (int j = 0; j < C; j++) right[j] = places_of<B, PAIRS>(b.f[k][j], at);
+    HLA_UNROLL
+    for (int r = 0; r < R; r += 2) {
+      if (r < col + C) {
+        const auto upper = places_read<A, PAIRS, true>(a + 8 * k * ld + 8 * r, ld, at);
+        auto lower = no_places<A>();
+        if (r + 1 < R) lower = places_read<A, PAIRS, true>(a + 8 * k * ld + 8 * (r + 1), ld, at);
+        HLA_UNROLL
+        for (int j = 0; j < C; j++) {
+          Frag none = frag_zero();
+          places_mma(c.f[r][j], r + 1 < R ? c.f[(r + 1) % R][j] : none, upper, lower, right[j]);
+        }
+      }
+    }
+  }
+}
+
+template <int K, typename PX, typename PY>
+FUNC void block_mma(Frag& c, PX x, int ldx, PY y, int ldy, Spot at) {
+  constexpr bool A = in_two<PX>(), B = in_two<PY>(), PAIRS = by_pairs<PX>(false) || by_pairs<PY>(false);
+  Frag none = frag_zero();
+  HLA_UNROLL
+  for (int k = 0; k < K; k++) {
+    const auto left = places_read<A, PAIRS, false>(x + 8 * k, ldx, at);
+    const auto right = places_read<B, PAIRS, false>(y + 8 * k, ldy, at);
+    places_mma(c, none, left, no_places<A>(), right);
+  }
+}
