@@ -1,11 +1,11 @@
-// What stands in the place of two sections of tiles.metal on an NVIDIA GPU: the words that the rest is written in, for
-// warps of 32 lanes, and the products, on tensor cores. Compiled by NVRTC as `mx.fast.cuda_kernel` hands it over.
-// Compute capability 8.0 or later.
+// What stands in the place of three sections of tiles.metal on an NVIDIA GPU: the words that the rest is written in,
+// for warps of 32 lanes; the products, on tensor cores; and staging, by copies that wait for nobody. Compiled by NVRTC
+// as `mx.fast.cuda_kernel` hands it over. Compute capability 8.0 or later.
 //
 // An instruction multiplies 16 x 8 by 8 x 8 numbers of TF32, which is float32 with a mantissa of 11 bits, and adds in
 // float32. Half types are exact in it. A float32 operand goes in as two numbers, its first 11 bits and the rest, so a
 // product has two or three instructions and float32's accuracy. HLA_ROUNDED, set where a call's q, k and v are
-// of a half type: it goes in as one, rounded to nearest, which is as exact as the half types are.
+// bfloat16, which has 8 bits: it goes in as one, rounded to nearest, but for what is added to a state.
 
 // ---- What a GPU has of its own -----------------------------------------------------------------
 
@@ -54,7 +54,18 @@ struct Frag {
   float of[2];
 };
 
-FUNC void sync_threadgroup() { __syncthreads(); }
+// 16 bytes to shared memory, zeros if not `there`; to be read after the next barrier.
+FUNC void copy_sixteen(void* to, const void* from, bool there) {
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to)), bytes = there ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
+}
+
+FUNC void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+FUNC void sync_threadgroup() {
+  await_copies();
+  __syncthreads();
+}
 
 // A lane holds (row, col) and (row, col + 1) of a fragment: half of what it holds of an instruction's 16 x 8 result.
 struct Spot {
@@ -146,15 +157,15 @@ FUNC Number<EXACT> number(float x) {
   return n;
 }
 
+#ifdef HLA_ROUNDED
+CONSTANT bool ROUNDED = true;
+#else
+CONSTANT bool ROUNDED = false;
+#endif
+
 // Whether numbers of a type are to be cut in two.
 template <typename P>
-FUNC constexpr bool in_two() {
-#ifdef HLA_ROUNDED
-  return false;
-#else
-  return sizeof(*P()) == 4;
-#endif
-}
+FUNC constexpr bool in_two() { return !ROUNDED && sizeof(*P()) == 4; }
 
 FUNC void mma_tf32(Frag& top, Frag& bottom, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -237,7 +248,8 @@ FUNC constexpr bool by_pairs(bool turned) { return turned || sizeof(*P()) == 2; 
 
 template <int R, int K, int C, bool TURNED, bool CAUSAL, typename P>
 FUNC void tile_mma(Tile<R, C>& c, P a, int ld, const Tile<K, C>& b, Spot at) {
-  constexpr bool A = in_two<P>(), B = in_two<const float*>(), PAIRS = by_pairs<P>(TURNED);
+  constexpr bool STATE = TURNED && !CAUSAL, PAIRS = by_pairs<P>(TURNED);
+  constexpr bool A = in_two<P>(), B = STATE || !ROUNDED;
   HLA_UNROLL
   for (int k = 0; k < K; k++) {
     Places<B> right[C];
@@ -266,7 +278,7 @@ FUNC void tile_mma(Tile<R, C>& c, P a, int ld, const Tile<K, C>& b, Spot at) {
 // Some blocks below the diagonal are made all the same.
 template <int R, int K, int C, typename P>
 FUNC void tile_mma_upper(Tile<R, C>& c, P a, int ld, const Tile<K, C>& b, int col, Spot at) {
-  constexpr bool A = in_two<P>(), B = in_two<const float*>(), PAIRS = by_pairs<P>(true);
+  constexpr bool A = in_two<P>(), B = true, PAIRS = by_pairs<P>(true);
   HLA_UNROLL
   for (int k = 0; k < K; k++) {
     Places<B> right[C];
@@ -297,5 +309,27 @@ FUNC void block_mma(Frag& c, PX x, int ldx, PY y, int ldy, Spot at) {
     const auto left = places_read<A, PAIRS, false>(x + 8 * k, ldx, at);
     const auto right = places_read<B, PAIRS, false>(y + 8 * k, ldy, at);
     places_mma(c, none, left, no_places<A>(), right);
+  }
+}
+
+// ---- Staging -------------------------------------------------------------------------------------
+
+FUNC bool by_sixteen(const void* p, int bytes) {
+  return (reinterpret_cast<unsigned long long>(p) | static_cast<unsigned>(bytes)) % 16 == 0;
+}
+
+template <int W, int WIDTH, typename T, typename P>
+FUNC void stage(T* dst, int ld, P src, int row_step, int col_step, int rows, int cols, Launch launch) {
+  constexpr int N = 16 / sizeof(T), PARTS = WIDTH / N;
+  if (col_step == 1 && cols == WIDTH && by_sixteen(src, row_step * int(sizeof(T)))) {
+    for (int i = launch.index; i < W * PARTS; i += launch.threads) {
+      const int r = i / PARTS, c = i % PARTS * N;
+      copy_sixteen(dst + r * ld + c, src + (r < rows ? r * row_step + c : 0), r < rows);
+    }
+  } else {
+    for (int i = launch.index; i < W * WIDTH; i += launch.threads) {
+      const int r = i / WIDTH, c = i % WIDTH;
+      dst[r * ld + c] = r < rows && c < cols ? src[r * row_step + c * col_step] : static_cast<T>(0.0f);
+    }
   }
 }

@@ -41,9 +41,9 @@ def use_schedule(monkeypatch, name):
 
 
 def through_kernels(op):
-    """The public operator on the kernels."""
+    """The public operator on the kernels of the GPU that a stand-in stands for."""
     f = function(op)
-    return lambda *qkv, **options: f(*qkv, backend="metal", **options)
+    return lambda *qkv, **options: f(*qkv, backend=kernels.gpu.language().name, **options)
 
 
 def through_steps(op, packed=False):
@@ -63,7 +63,7 @@ def through_steps(op, packed=False):
                 call = canonical_step(op, *token, tested.operator.options, tested.options, **here)
                 o, state = on_kernels.step(tested.operator, call, state, packed=True)
             else:
-                o, state = function(op, step=True)(*token, state, backend="metal", **here)
+                o, state = function(op, step=True)(*token, state, backend=kernels.gpu.language().name, **here)
             outputs.append(o)
         return mx.stack(outputs, axis=1), state._replace(S=kernels.unpack(state.S)) if packed else state
 
@@ -200,12 +200,12 @@ class KernelProblem(Problem):
             roundings = 2 * roundings + 1
         return self.bound(gradient, result) + roundings * ROUNDOFF[self.case.dtype]
 
-    def check(self, gradients=True, threads=THREADS):
+    def check(self, gradients=True, threads=THREADS, options=metal.options):
         """Values and gradients against float64 and the ops path; one and the same bits in every order."""
         given = self.given() if gradients else None
         runs = []
         for how in threads:
-            with metal.options(**how):
+            with options(**how):
                 o, state = self.run()
                 runs.append((o, state, self.all_gradients(given) if gradients else {}))
                 mx.eval(runs[-1])

@@ -6,13 +6,20 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from . import gpu
+
 THREADGROUP_BYTES = 32 * 1024
 SPARE = 256  # bytes of a threadgroup that a step leaves free, for alignment
 TINY = 1e-30  # stands for a decay of 0 where its gradient divides by it
 MAX_DIM = 128
 STRIPE = 2  # fragments of 8 columns that a simdgroup owns
-FILL = 64  # threadgroups that keep a large GPU busy; fewer heads than this are cut into blocks
+FILL = 64  # threadgroups that keep a large Apple GPU busy; fewer heads than this are cut into blocks
+CUDA_FILL = 512  # the same of a large NVIDIA GPU: four for each of its cores
 MIN_BLOCK = 256  # tokens: below this a block's state costs more than its tokens
+
+
+def _on_cuda() -> bool:
+    return gpu.language() is gpu.CUDA
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -42,9 +49,9 @@ def staged_width(staged: list[tuple[int, mx.Dtype]]) -> int:
 
 
 def blocks(T: int, heads: int, length: int | None = None) -> Blocks:
-    """As few blocks as give `FILL` threadgroups, none shorter than `MIN_BLOCK` tokens."""
+    """As few blocks as fill the GPU with threadgroups, none shorter than `MIN_BLOCK` tokens."""
     if length is None:
-        want = max(1, ceil_div(FILL, heads))
+        want = max(1, ceil_div(CUDA_FILL if _on_cuda() else FILL, heads))
         length = max(MIN_BLOCK, 32 * ceil_div(T, 32 * want))
     return Blocks(length, ceil_div(T, length))
 
@@ -81,6 +88,11 @@ def step_simdgroups(D: int, DV: int, groups: int) -> int:
     return want
 
 
+# Columns of a head up to which one threadgroup walks back over all of them: its two states take two
+# simdgroups for every 16 columns. 96 are 384 threads; on CUDA those want 190 registers each, of 170 there are.
+UNDIVIDED, CUDA_UNDIVIDED = 96, 64
+
+
 @dataclass(frozen=True)
 class Back:
     """Shape of a pass's backward: chunk width, stripe, threadgroups that divide the columns of a head."""
@@ -102,11 +114,11 @@ def back_bytes(width: int, dims: list[tuple[int, mx.Dtype]], halves: int) -> int
 def back_shape(*staged: tuple[int, mx.Dtype]) -> Back:
     """The widest chunk whose staged tiles (dim, dtype) fit.
 
-    Every 16 columns of a head take two simdgroups. Above 96 columns those would be 512 threads with 80
-    registers of tiles each, so two threadgroups share the head.
+    Above `UNDIVIDED` columns two threadgroups share the head: with 128, one would be 512 threads with 80
+    registers of tiles each.
     """
     dims = list(staged)
-    halves = 1 if max(dim for dim, _ in dims) <= 96 else 2
+    halves = 1 if max(dim for dim, _ in dims) <= (CUDA_UNDIVIDED if _on_cuda() else UNDIVIDED) else 2
     for width in (32, 16, 8):
         if back_bytes(width, dims, halves) <= THREADGROUP_BYTES:
             return Back(width, STRIPE, halves)

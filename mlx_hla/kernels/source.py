@@ -75,7 +75,7 @@ class Source:
         )
 
     def rounded(self) -> Source:
-        """The variant for calls of a half type, where products may round as the type does."""
+        """The variant for calls in bfloat16, whose products may round their operands, less than it does."""
         return replace(self, name=f"{self.name}_rounded", header=f"#define HLA_ROUNDED\n{self.header}")
 
 
@@ -164,7 +164,7 @@ def launch(
     every call, and what another one built is not used: replacing it replaces the machine that kernels run on.
     """
     device = gpu.language()
-    rounded = device.rounds and any(a.dtype.size == 2 for a in inputs)
+    rounded = device.rounds and any(a.dtype == mx.bfloat16 for a in inputs)
     make = device.maker()
     key = (file, name, normalising, rounded)
     entry = _built.get(key)

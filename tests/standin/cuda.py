@@ -7,11 +7,12 @@ def test_something(monkeypatch):
     o, state = mlx_hla.hla2(q, k, v, backend="cuda")
 
 MLX's build for CPUs does not write that source, so `program` does, after mlx/backend/cuda/custom_kernel.cpp;
-tests/test_cuda_device.py holds it to MLX's own text on a GPU. What is watched: that a warp's lanes meet at the
-same operations, that nobody waits for ever, that every element of an output is written. Races and bounds are
-the business of the stand-in for Metal, which runs the same bodies.
+tests/test_cuda_device.py holds it to MLX's own text on a GPU. What is watched: that a warp's lanes meet at
+the same operations, that nobody waits for ever, that every element of an output is written. Races and bounds
+are the business of the stand-in for Metal, which runs the same bodies.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -25,12 +26,12 @@ import mlx.core as mx
 import numpy as np
 
 from . import build
-from .metal import _NUMPY, _bind_input, _no_compile
+from .metal import _NUMPY, _bind_input, _host_view, _no_compile
 
 TYPES = {
     mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.int32: "int32_t",
 }  # fmt: skip
-NAMES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}  # in a kernel's name
+NAMES = {mx.float32: "float", mx.float16: "float16_t", mx.bfloat16: "bfloat16_t"}  # in a kernel's name
 
 # What stands before a header: of MLX's own utilities only the types of `<input>_shape` and `<input>_strides`.
 PRELUDE = """
@@ -93,14 +94,14 @@ FLAGS = ["-std=c++17", "-O1", "-march=x86_64_v3", "-fPIC", "-shared"]
 FLAGS += ["-fno-sanitize=undefined", "-fno-math-errno", "-ffp-contract=off"]
 HEADER = build.HERE / "include" / "cuda_on_cpu.h"
 ORDERS = ("forward", "reverse", "random")
-POISON = 0xFF
+_order = ("forward", 1)  # of threads, and a seed
 launched = []  # names of kernels
 
 
 def _without_asm(header):
     """The header less its functions of one asm statement: those are in cuda_on_cpu.h."""
-    text, n = re.subn(r"^FUNC \w+ (?:tf32|mma_tf32)\(.*?^}\n", "", header, flags=re.M | re.S)
-    assert n == 2
+    text, n = re.subn(r"^FUNC \w+ \w+\([^()]*\) \{[^}]*\basm\b.*?\}(?=\n\n)", "", header, flags=re.M | re.S)
+    assert n == 4
     assert "asm" not in re.sub(r"//.*", "", text)
     return text
 
@@ -147,66 +148,103 @@ def _tenfold(values, kind):
     return np.array([*values, *[0] * (10 - len(values))], kind)
 
 
-def cuda_kernel(order="forward", seed=1, **definition):
+def _bound(definition, arrays):
+    """{(input, what of it): (what keeps it alive, its address)}."""
+    held = {}
+    for name, a in zip(definition["input_names"], arrays, strict=True):
+        data, _, _, lead = _bind_input(name, a, False)[name]
+        room, tables = np.frombuffer(data, np.uint8).copy(), {}
+        held[name, "data"] = room, room.ctypes.data + lead
+        strides = [s // a.itemsize for s in _host_view(a).strides]
+        tables["shape"], tables["strides"] = _tenfold(a.shape, np.int32), _tenfold(strides, np.int64)
+        held |= {(name, what): (table, table.ctypes.data) for what, table in tables.items()}
+    return held
+
+
+def _run(definition, arrays, *, output_shapes, output_dtypes, grid, threadgroup, template):
+    p = program(definition, arrays, output_dtypes, template)
+    call = _compiled(p)
+    mx.eval(arrays)
+    held, outputs = _bound(definition, arrays), {}
+    for name, shape, dtype in zip(definition["output_names"], output_shapes, output_dtypes, strict=True):
+        host = np.full(shape, -1, f"i{dtype.size}").view(_NUMPY[dtype])  # poison
+        outputs[name] = host, dtype
+        held[name, "data"] = host, host.ctypes.data
+    assert threadgroup[1:] == (1, 1), threadgroup
+    assert grid[0] % threadgroup[0] == 0, grid
+    assert max(grid[1:]) <= 65535, grid
+    pointers = (ctypes.c_void_p * len(p.parameters))(*(held[key][1] for key in p.parameters))
+    groups = (ctypes.c_int * 3)(grid[0] // threadgroup[0], *grid[1:])
+    fault = call(pointers, groups, threadgroup[0], ORDERS.index(_order[0]), ctypes.c_uint(_order[1]))
+    if fault:
+        raise RuntimeError(f"[{p.name}] {fault.decode()}")
+    results = []
+    for name, (host, dtype) in outputs.items():
+        left = (host.view(f"i{dtype.size}") == -1).sum()
+        assert not left, f"[{p.name}] output {name}: {left} elements never written"
+        x = mx.array(host)
+        results.append(x.view(mx.bfloat16) if dtype == mx.bfloat16 else x)
+    return results
+
+
+def _primitive(run, arrays):
+    """A kernel on a GPU has no gradient and says so."""
+
+    @mx.custom_function
+    def primitive(*arrays):
+        return run(list(arrays))
+
+    @primitive.vjp
+    def _no_gradient(primals, cotangents, outputs):
+        raise ValueError("[Primitive::vjp] Not implemented for CustomKernel.")
+
+    return list(primitive(*arrays))
+
+
+def cuda_kernel(**definition):
     """What stands in the place of `mx.fast.cuda_kernel`."""
 
-    def run(arrays, output_shapes, output_dtypes, grid, threadgroup, template):
-        p = program(definition, arrays, output_dtypes, template)
-        call = _compiled(p)
+    def kernel(*, inputs, **how):
         launched.append(definition["name"])
-        mx.eval(arrays)
-        held, pointers = {}, []
-        for name, a in zip(definition["input_names"], arrays, strict=True):
-            data, _, _, lead = _bind_input(name, a, False)[name]
-            room = np.frombuffer(data, np.uint8).copy()
-            strides = np.asarray(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a).strides
-            held[name, "data"] = room, room.ctypes.data + lead
-            for what, values, kind in (
-                ("shape", a.shape, np.int32),
-                ("strides", [s // a.itemsize for s in strides], np.int64),
-            ):
-                table = _tenfold(values, kind)
-                held[name, what] = table, table.ctypes.data
-        outputs = []
-        for name, shape, dtype in zip(definition["output_names"], output_shapes, output_dtypes, strict=True):
-            host = np.empty(shape, _NUMPY[dtype])
-            host.view(np.uint8).fill(POISON)
-            outputs.append(host)
-            held[name, "data"] = host, host.ctypes.data
-        pointers = (ctypes.c_void_p * len(p.parameters))(*(held[key][1] for key in p.parameters))
-        assert threadgroup[1:] == (1, 1)
-        assert grid[0] % threadgroup[0] == 0
-        groups = (ctypes.c_int * 3)(grid[0] // threadgroup[0], *grid[1:])
-        assert max(groups[1], groups[2]) <= 65535
-        fault = call(pointers, groups, threadgroup[0], ORDERS.index(order), ctypes.c_uint(seed))
-        if fault:
-            raise RuntimeError(f"[{p.name}] {fault.decode()}")
-        results = []
-        for name, host, dtype in zip(definition["output_names"], outputs, output_dtypes, strict=True):
-            left = (host.view(f"i{host.itemsize}") == -1).sum()
-            assert not left, f"[{p.name}] output {name}: {left} elements never written"
-            x = mx.array(host)
-            results.append(x.view(mx.bfloat16) if dtype == mx.bfloat16 else x)
-        return results
-
-    def kernel(*, inputs, output_shapes, output_dtypes, grid, threadgroup, template=()):
-        @mx.custom_function
-        def primitive(*arrays):
-            return run(list(arrays), output_shapes, output_dtypes, grid, threadgroup, template)
-
-        @primitive.vjp
-        def _no_gradient(primals, cotangents, outputs):
-            raise ValueError("[Primitive::vjp] Not implemented for CustomKernel.")
-
-        return list(primitive(*inputs))
+        return _primitive(lambda arrays: _run(definition, arrays, **how), inputs)
 
     return kernel
 
 
-def install(monkeypatch, **how):
-    """Make the stand-in serve `mx.fast.cuda_kernel` for one test."""
-    import mlx_hla.kernels.gpu as gpu
+@contextlib.contextmanager
+def options(order="forward", seed=1):
+    """Run threads in another order for a while."""
+    global _order
+    before, _order = _order, (order, seed)
+    try:
+        yield
+    finally:
+        _order = before
 
-    monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **definition: cuda_kernel(**how, **definition))
+
+def install(monkeypatch, maker=cuda_kernel):
+    """Make the stand-in serve `mx.fast.cuda_kernel` for one test."""
+    from mlx_hla.kernels import gpu
+
+    monkeypatch.setattr(mx.fast, "cuda_kernel", maker)
     monkeypatch.setattr(gpu, "here", lambda: gpu.CUDA)
     monkeypatch.setattr(mx, "compile", _no_compile)
+
+
+# ---- not run at all
+
+
+def recorded(monkeypatch):
+    """{program: threads of a threadgroup} of what is launched from now on in a test; outputs are zeros."""
+    programs = {}
+
+    def maker(**definition):
+        def kernel(*, inputs, output_shapes, output_dtypes, grid, threadgroup, template):
+            programs[program(definition, inputs, output_dtypes, template)] = threadgroup[0]
+            shapes = list(zip(output_shapes, output_dtypes, strict=True))
+            return _primitive(lambda arrays: [mx.zeros(s, d) for s, d in shapes], inputs)
+
+        return kernel
+
+    install(monkeypatch, maker)
+    return programs
