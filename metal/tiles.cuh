@@ -167,8 +167,11 @@ CONSTANT bool ROUNDED = false;
 template <typename P>
 FUNC constexpr bool in_two() { return !ROUNDED && sizeof(*P()) == 4; }
 
-FUNC void mma_tf32(Frag& top, Frag& bottom, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+FUNC void mma_tf32(Frag& top, Frag& bottom, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+                   unsigned b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(top.of[0]), "+f"(top.of[1]), "+f"(bottom.of[0]), "+f"(bottom.of[1])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
@@ -210,12 +213,13 @@ struct alignas(2 * sizeof(T)) Neighbours {
 template <typename T>
 FUNC Neighbours<T> neighbours(const T* p) { return *reinterpret_cast<const Neighbours<T>*>(p); }
 
-// A lane's places of row at.row of the 8 x 8 block at p in shared memory; TURNED: of the block's transpose.
+// A lane's places of row at.row of the 8 x 8 block at p in shared memory; TURNED: of the block's transpose, by pairs.
 template <bool EXACT, bool PAIRS, bool TURNED, typename P>
 FUNC Places<EXACT> places_read(P p, int ld, Spot at) {
+  static_assert(PAIRS || !TURNED, "the transpose is read by pairs");
   if (TURNED) {
-    const int first = PAIRS ? at.col : at.col / 2, second = PAIRS ? at.col + 1 : at.col / 2 + 4;
-    return places<EXACT>(static_cast<float>(p[first * ld + at.row]), static_cast<float>(p[second * ld + at.row]));
+    p += at.col * ld + at.row;
+    return places<EXACT>(static_cast<float>(p[0]), static_cast<float>(p[ld]));
   }
   if (PAIRS) {
     const auto both = neighbours(p + at.row * ld + at.col);

@@ -89,7 +89,7 @@ def step_simdgroups(D: int, DV: int, groups: int) -> int:
 
 
 # Columns of a head up to which one threadgroup walks back over all of them: its two states take two
-# simdgroups for every 16 columns. 96 are 384 threads; on CUDA those want 190 registers each, of 170 there are.
+# simdgroups for every 16 columns. 96 are 384 threads, which on CUDA want 190 registers each, of 170.
 UNDIVIDED, CUDA_UNDIVIDED = 96, 64
 
 
