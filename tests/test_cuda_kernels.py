@@ -92,6 +92,7 @@ def test_packed_steps(monkeypatch, op):
 def test_the_choice(monkeypatch):
     """`backend=None` takes them, "metal" is not here, and another operator's passes run on them."""
     cuda.install(monkeypatch)
+    monkeypatch.delenv("MLX_HLA_BACKEND", raising=False)
     q = mx.random.normal((1, 20, 2, 8))
     cuda.launched.clear()
     mx.eval(mlx_hla.hla2(q, q, q))

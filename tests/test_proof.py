@@ -9,7 +9,7 @@ import warnings
 import mlx.core as mx
 import pytest
 from conftest import assert_close
-from standin import metal
+from standin import cuda, metal
 
 import mlx_hla
 from mlx_hla import kernels, selftest, verdicts
@@ -132,6 +132,29 @@ def test_a_wrong_kernel_is_not_taken_and_one_warning_says_so(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it was said once
         assert launched(lambda: mlx_hla.linear_attention_step(q, k, v, None))[1] == []
+
+
+@needs_standin
+@pytest.mark.parametrize("sound", [True, False], ids=["sound", "broken"])
+def test_on_cuda_too(monkeypatch, sound):
+    def make(**options):
+        assert BROKEN[0] in options["header"]
+        header = options["header"] if sound else options["header"].replace(*BROKEN)
+        return cuda.cuda_kernel(**options | {"header": header})
+
+    cuda.install(monkeypatch, make)
+    cuda.launched.clear()
+    q, k, v = token()
+    want, _ = mlx_hla.linear_attention_step(q, k, v, None, backend="mlx")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        o, _ = mlx_hla.linear_attention_step(q, k, v, None)
+    assert_close("o", o, want, 1e-6)
+    assert kept()[str(STEP)]["trusted"] is sound
+    assert cuda.launched == ["hla_linear_step"] * (2 if sound else 1)
+    assert len(caught) == (not sound)
+    if caught:
+        assert "mlx-hla's CUDA kernels of first for a step in float32" in str(caught[0].message)
 
 
 @needs_standin

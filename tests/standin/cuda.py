@@ -7,7 +7,7 @@ def test_something(monkeypatch):
     o, state = mlx_hla.hla2(q, k, v, backend="cuda")
 
 MLX's build for CPUs does not write that source, so `program` does, after mlx/backend/cuda/custom_kernel.cpp;
-tests/test_cuda_device.py holds it to MLX's own text on a GPU. What is watched: that a warp's lanes meet at
+tests/test_gpu_device.py holds it to MLX's own text on a GPU. What is watched: that a warp's lanes meet at
 the same operations, that nobody waits for ever, that every element of an output is written. Races and bounds
 are the business of the stand-in for Metal, which runs the same bodies.
 """

@@ -1,8 +1,12 @@
-"""The kernels on an Apple GPU: `pytest -m metal` on a Mac. Everywhere else these tests are skipped."""
+"""The kernels on a GPU: `pytest -m metal` on a Mac, `pytest -m cuda` on an NVIDIA GPU. Elsewhere these skip.
+
+On CUDA each kernel takes seconds to compile, in every process: the whole file takes many minutes there.
+"""
 
 import mlx.core as mx
 import pytest
 from conftest import assert_close
+from standin import cuda
 
 from mlx_hla import kernels, selftest
 from mlx_hla.kernels import plan
@@ -10,11 +14,13 @@ from mlx_hla.ops.operator import choices
 
 pytestmark = [
     pytest.mark.metal,
+    pytest.mark.cuda,
     pytest.mark.skipif(
-        kernels.gpu.here() is not kernels.gpu.METAL,
-        reason="needs an Apple GPU: run `pytest -m metal` on a Mac",
+        kernels.gpu.here() is None,
+        reason="needs a GPU: run `pytest -m metal` on a Mac, or `pytest -m cuda` with MLX's CUDA build",
     ),
 ]
+on_cuda = pytest.mark.skipif(kernels.gpu.here() is not kernels.gpu.CUDA, reason="needs an NVIDIA GPU")
 
 CASES = tuple(selftest.all_cases())
 KERNELS = list(dict.fromkeys((c.family, c.kind) for c in CASES))
@@ -78,3 +84,28 @@ def test_long_calls_are_cut(monkeypatch):
     want = run(*arrays)
     monkeypatch.setattr(plan, "LAUNCH_WORK", 512 * 2 * 64 * 64)
     close(run(*arrays), want, 1e-5)
+
+
+@on_cuda
+def test_the_text_is_what_mlx_writes(monkeypatch, capfd):
+    """The stand-in for CUDA and the compiler's test take `cuda.program` for the text that MLX generates."""
+    real, programs = mx.fast.cuda_kernel, []
+
+    def make(**definition):
+        built = real(**definition)
+
+        def kernel(*, inputs, template, output_dtypes, **how):
+            programs.append(cuda.program(definition, inputs, output_dtypes, template))
+            how |= {"template": template, "output_dtypes": output_dtypes}
+            return built(inputs=inputs, verbose=True, **how)
+
+        return kernel
+
+    monkeypatch.setattr(mx.fast, "cuda_kernel", make)
+    run, arrays, given = problem("hla2", selftest.Shape(1, 530, 2, 1, 64, 64), dtype="bfloat16")
+    mx.eval(run(*arrays), mx.vjp(run, arrays, given)[1])
+    text = capfd.readouterr().out
+    assert programs
+    for p in programs:
+        assert f"\n{p.header}namespace mlx::core::cu {{" in text, p.name
+        assert p.function in text, p.name
