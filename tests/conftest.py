@@ -13,7 +13,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Tests say themselves when kernels are to be proved first; nothing is kept in a user's folder.
 os.environ["MLX_HLA_PROOF"] = "0"
-# On CUDA a kernel takes seconds to compile, and tests have hundreds of shapes: who wants kernels there says so.
+# On CUDA a kernel takes seconds to compile, and tests have hundreds of shapes: there, kernels are asked for.
 if mx.cuda.is_available():
     os.environ["MLX_HLA_BACKEND"] = "mlx"
 
