@@ -17,8 +17,14 @@ arithmetic  multiply-accumulates over the minimum. Sequences: those of the 8 x 8
             inputs alone: per token, `a` products of (W + 1) / 2 causal pairs by D and `b` products of D by
             D, with a and b in PRODUCTS. That S is symmetric makes the minimum no smaller. Steps: scalar
             products over three for each element of the whole state (decay, update, read).
-bound       for 16 heads, the larger of bytes / bandwidth and flops / peak, and which of them it is (b or f);
-            a multiply-accumulate is two flops. No forecast: launches, occupancy and waits come on top.
+loads       loads and stores of a simdgroup from and to device memory, and threadgroup memory, for each 8 x 8
+            x 8 product; of a step, for each 32 multiply-accumulates. A vector counts once.
+in flight   accumulators that the products work on in turn, on average: a product waits for the last one with
+            its accumulator. At most 8 are seen.
+barriers    of one threadgroup, summed over the launches.
+bound       for 16 heads, the larger of bytes / bandwidth and issue / peak, and which of them it is (b or f).
+            A multiply-accumulate is two flops, and a load or store takes the place of one for 32 lanes, 64
+            flops. No forecast: launches, occupancy and waits come on top.
 
 What is counted is one head, run as one of several: blocks are cut as the schedule rule cuts them for that
 many heads, and every count is proportional to the heads (tests/test_cost_table.py shows it). Threadgroup
@@ -89,8 +95,12 @@ class Row(NamedTuple):
     arithmetic: float
     threadgroup_bytes: int
     launches: int
+    device: float  # loads and stores for each product
+    threadgroup: float
+    in_flight: float
+    barriers: int
     bytes: int  # of one head
-    flops: int
+    flops: int  # and what loads and stores take the place of
 
 
 class Target(NamedTuple):
@@ -187,7 +197,25 @@ def run_sequence(family: str, q, k, v, g, *state):
 def row(family, kind, D, heads, c, macs, compulsory, minimum) -> Row:
     data = moved(c)
     ratios = (data / compulsory, macs / minimum)
-    return Row(family, kind, D, heads, *ratios, c.threadgroup_bytes, c.launches, data, 2 * macs)
+    device, threadgroup = c.device_loads + c.device_stores, c.threadgroup_loads + c.threadgroup_stores
+    products = 32 * (c.matrix_multiplies or macs / 32)  # a simdgroup's 32 lanes load side by side
+    moves = (device / products, threadgroup / products)
+    barriers = sum(one.barriers // one.threadgroups for one in c.each)
+    flops = 2 * macs + 2 * (device + threadgroup)
+    return Row(
+        family,
+        kind,
+        D,
+        heads,
+        *ratios,
+        c.threadgroup_bytes,
+        c.launches,
+        *moves,
+        c.in_flight,
+        barriers,
+        data,
+        flops,
+    )
 
 
 def sequence_rows(metal, family: str, T: int, D: int, heads: int, dtype=mx.bfloat16, backward=True):
@@ -337,10 +365,11 @@ def report(rows: list[Row], T: int) -> str:
     chips = " | ".join(f"{c.name}, µs" for c in CHIPS)
     lines = [
         f"Counted on the CPU stand-in, bfloat16, T = {T:,} tokens a sequence; bounds for {SHOWN_HEADS} heads "
-        "(b: by bytes, f: by flops).",
+        "(b: by bytes, f: by what is issued).",
         "",
-        f"| kernel | D | schedule | traffic | arithmetic | threadgroup bytes | launches | {chips} |",
-        "|---|--:|---|--:|--:|--:|--:|" + "--:|" * len(CHIPS),
+        f"| kernel | D | schedule | traffic | arithmetic | loads, device and threadgroup | in flight | "
+        f"barriers | threadgroup bytes | launches | {chips} |",
+        "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|" + "--:|" * len(CHIPS),
     ]
     used = set()
     for r in rows:
@@ -350,6 +379,7 @@ def report(rows: list[Row], T: int) -> str:
         bounds = " | ".join(bound(r, c) for c in CHIPS)
         lines.append(
             f"| {r.family} {r.kind}{marks} | {r.D} | {walked} | {r.traffic:.2f} | {r.arithmetic:.2f} | "
+            f"{r.device:.2f}, {r.threadgroup:.2f} | {r.in_flight:.1f} | {r.barriers:,} | "
             f"{r.threadgroup_bytes:,} | {r.launches} | {bounds} |"
         )
     lines += [f"\n({letter}) {text}" for letter, text in NOTES.items() if letter in used]

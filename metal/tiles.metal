@@ -222,15 +222,17 @@ FUNC void tile_write_symmetric(OWN Tile<R, C>& t, P p, int size, int col0, Spot 
 }
 
 // ---- Products ------------------------------------------------------------------------------------
+//
+// The sum's index k goes outermost: between two products with one accumulator come those with all the others.
 
 // c += A b with A (8R x 8K) in threadgroup memory at a, row-major with leading dimension ld;
 // TURNED: A is the transpose of what lies there; CAUSAL: what lies there is zero above its diagonal blocks.
 template <int R, int K, int C, bool TURNED, bool CAUSAL, typename P>
 FUNC void tile_mma(OWN Tile<R, C>& c, P a, int ld, OWN Tile<K, C>& b, Spot at) {
   HLA_UNROLL
-  for (int r = 0; r < R; r++) {
+  for (int k = 0; k < K; k++) {
     HLA_UNROLL
-    for (int k = 0; k < K; k++) {
+    for (int r = 0; r < R; r++) {
       if (!CAUSAL || (TURNED ? k >= r : k <= r)) {
         Frag x = frag_read<TURNED>(TURNED ? a + 8 * k * ld + 8 * r : a + 8 * r * ld + 8 * k, ld, at);
         HLA_UNROLL
@@ -245,10 +247,10 @@ FUNC void tile_mma(OWN Tile<R, C>& c, P a, int ld, OWN Tile<K, C>& b, Spot at) {
 template <int R, int K, int C, typename P>
 FUNC void tile_mma_upper(OWN Tile<R, C>& c, P a, int ld, OWN Tile<K, C>& b, int col, Spot at) {
   HLA_UNROLL
-  for (int r = 0; r < R; r++) {
-    if (r < col + C) {
-      HLA_UNROLL
-      for (int k = 0; k < K; k++) {
+  for (int k = 0; k < K; k++) {
+    HLA_UNROLL
+    for (int r = 0; r < R; r++) {
+      if (r < col + C) {
         Frag x = frag_read<true>(a + 8 * k * ld + 8 * r, ld, at);
         HLA_UNROLL
         for (int j = 0; j < C; j++) {
@@ -262,12 +264,19 @@ FUNC void tile_mma_upper(OWN Tile<R, C>& c, P a, int ld, OWN Tile<K, C>& b, int 
 // c += x y^T for 8 rows of x and 8 rows of y, both 8K wide in threadgroup memory.
 template <int K, typename PX, typename PY>
 FUNC void block_mma(OWN Frag& c, PX x, int ldx, PY y, int ldy, Spot at) {
+  Frag odd = frag_zero();
   HLA_UNROLL
   for (int k = 0; k < K; k++) {
     Frag a = frag_read<false>(x + 8 * k, ldx, at);
     Frag b = frag_read<true>(y + 8 * k, ldy, at);
-    frag_mma(c, a, b);
+    if (k % 2 == 0) {
+      frag_mma(c, a, b);
+    } else {
+      frag_mma(odd, a, b);
+    }
   }
+  const Pair sum = frag_get(c) + frag_get(odd);
+  frag_set(c, sum[0], sum[1]);
 }
 
 // ---- The decay inside a chunk --------------------------------------------------------------------

@@ -301,6 +301,9 @@ def test_counters():
     assert c.unique_read == {"x": 2 * 256}
     assert c.written == c.unique_written == {"y": 512}
     assert (c.threadgroup_bytes, c.threadgroup_written, c.threadgroup_read) == (256, 512, 1024)
+    # Every thread loads x[t] and x[0] and two of S; a matrix comes in rows.
+    assert (c.device_loads, c.device_stores) == (2 * 128 + 4 * 8, 128)
+    assert (c.threadgroup_loads, c.threadgroup_stores) == (2 * 128, 128)
     assert (c.matrix_multiplies, c.matrix_macs, c.scalar_macs) == (4, 2048, 128)
     assert (c.barriers, c.simdgroup_barriers, c.simd_ops) == (2, 4, 4)
     with metal.counters() as inner:
@@ -309,6 +312,22 @@ def test_counters():
     assert c.launches == 1
     assert [one.threadgroups for one in inner.each] == [1, 2]
     assert [one.written for one in inner.each] == [{"y": 256}] * 2
+
+
+@pytest.mark.parametrize(("sums", "in_flight"), [(1, (8 + 29) / 30), (3, (3 * 8 + 27 * 3) / 30), (10, 8)])
+def test_accumulators_in_flight(sums, in_flight):
+    with metal.counters() as c:
+        run(
+            f"""simdgroup_float8x8 a = make_filled_simdgroup_matrix<float, 8, 8>(1.0f), m[{sums}];
+            for (int i = 0; i < {sums}; i++) m[i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+            for (int i = 0; i < 30; i++) {{
+              simdgroup_multiply_accumulate(m[i % {sums}], a, a, m[i % {sums}]);
+            }}
+            y[thread_position_in_grid.x] = m[0].thread_elements()[0];""",
+            grid=32, threadgroup=32, shape=(32,),
+        )  # fmt: skip
+    assert c.matrix_multiplies == 30
+    assert c.in_flight == pytest.approx(in_flight)
 
 
 def test_options_are_checked_and_undone():

@@ -66,7 +66,12 @@ class Counters:
     threadgroup_read: int = 0
     threadgroup_written: int = 0
     threadgroup_bytes: int = 0  # the most that one kernel has declared
+    device_loads: int = 0  # of all threads, of any width, in checked mode; so are the next three
+    threadgroup_loads: int = 0
+    device_stores: int = 0
+    threadgroup_stores: int = 0
     matrix_multiplies: int = 0  # 8x8x8 products, 512 multiply-accumulates each
+    apart: int = 0  # summed over matrix products: how many ago their accumulator had its last, at most 8
     scalar_macs: int = 0  # scalar floating-point products, fused or not, in checked mode
     barriers: int = 0  # each once per threadgroup
     simdgroup_barriers: int = 0
@@ -81,6 +86,11 @@ class Counters:
     @property
     def matrix_macs(self):
         return 512 * self.matrix_multiplies
+
+    @property
+    def in_flight(self):
+        """Accumulators that matrix products work on in turn, on average; 8 stands for as many or more."""
+        return self.apart / max(1, self.matrix_multiplies)
 
     def _add(self, name, buffers, counts, alone=True):
         if alone:

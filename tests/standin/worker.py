@@ -13,7 +13,8 @@ BUFFERS = 64
 # Must match runtime.h's Counts.
 PER_BUFFER = ("read", "written", "unique_read", "unique_written")
 TOTALS = (
-    "threadgroup_read", "threadgroup_written", "threadgroup_bytes", "matrix_multiplies", "scalar_macs",
+    "threadgroup_read", "threadgroup_written", "threadgroup_bytes", "device_loads", "threadgroup_loads",
+    "device_stores", "threadgroup_stores", "matrix_multiplies", "apart", "scalar_macs",
     "barriers", "simdgroup_barriers", "simd_ops", "same_value_writes", "threadgroups", "threads",
 )  # fmt: skip
 

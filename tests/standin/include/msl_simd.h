@@ -168,7 +168,7 @@ MSL_MATRIX_MOVES(threadgroup, 3)
 
 struct MatrixMultiply {  // machine.cpp has the same
   float a[2], b[2], c[2];
-  ulong result;
+  ulong result, sum;
 };
 template <class D, class A, class B, class C>
 METAL_FUNC void simdgroup_multiply_accumulate(thread simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<A, 8, 8> a,
@@ -176,7 +176,7 @@ METAL_FUNC void simdgroup_multiply_accumulate(thread simdgroup_matrix<D, 8, 8>& 
                                               uint site = MSL_SITE) {
   vec<float, 2> result;
   MatrixMultiply m = {{(float)a.held[0], (float)a.held[1]}, {(float)b.held[0], (float)b.held[1]},
-                      {(float)c.held[0], (float)c.held[1]}, (ulong)&result};
+                      {(float)c.held[0], (float)c.held[1]}, (ulong)&result, (ulong)&d};
   msl_matrix(3, site, &m);
   d.held[0] = (D)result[0];
   d.held[1] = (D)result[1];

@@ -117,6 +117,7 @@ static void threadgroup_access(u64 offset, u32 size, u32 align, u32 site, bool w
     d->granule = size;
   }
   (write ? counts.threadgroup_written : counts.threadgroup_read) += size;
+  (write ? counts.stores : counts.loads)[THREADGROUP]++;
   bool collided = false;
   for (u32 k = 0; k < size; k += d->granule) {
     Cell& c = arena_cells[offset + k];
@@ -136,6 +137,7 @@ static void device_access(u64 address, u32 size, u32 align, u32 site, bool write
          (long)offset, i, b.size);
   if (address & (align - 1)) 
     fail(site, "misaligned %s of %u bytes at byte offset %lu of buffer #%u#", verb(write), size, offset, i);
+  (write ? counts.stores : counts.loads)[DEVICE]++;
   const u32 g = b.granule, shift = __builtin_ctz(g);  // (a division here would cost as much as all the rest)
   if (!b.output) {
     if (write) fail(site, "write to input buffer #%u#", i);

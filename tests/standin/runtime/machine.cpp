@@ -95,7 +95,7 @@ struct MatrixMove {  // simdgroup_load, simdgroup_store
 };
 struct MatrixMultiply {
   float a[2], b[2], c[2];
-  u64 result;
+  u64 result, sum;
 };
 
 // Which elements a lane holds: row and first of two columns, as MLX's own matrix kernels assume for Apple GPUs.
@@ -122,6 +122,15 @@ static void move_matrix(void** lanes, bool store) {
   }
 }
 
+// A product waits for the last one with its accumulator: how many products ago that was, at most APART.
+static void count_product(SimdGroup& g, u64 sum) {
+  u32 ago = 1;
+  while (ago < APART && g.sums[(g.products - ago) % APART] != sum) ago++;
+  g.sums[g.products++ % APART] = sum;
+  counts.matrix_multiplies++;
+  counts.apart += ago;
+}
+
 static void multiply_matrices(void** lanes) {
   typedef float Row __attribute__((vector_size(32)));
   alignas(32) float a[8][8], b[8][8], c[8][8];
@@ -138,7 +147,7 @@ static void multiply_matrices(void** lanes) {
   }
   for (u32 l = 0; l < SIMD; l++)
     memcpy((void*)((MatrixMultiply*)lanes[l])->result, &c[row_of(l)][column_of(l)], 8);
-  counts.matrix_multiplies++;
+  count_product(groups[cur->at.simdgroup], ((MatrixMultiply*)lanes[0])->sum);
 }
 
 static u32 random_state;
@@ -364,7 +373,8 @@ void run_group(const u32* group, const u32* count, const u32* size, const u32* f
   for (u32 s = 0; s < group_count; s++) {
     SimdGroup& g = groups[s];
     g.first = s * SIMD, g.size = threads - g.first < SIMD ? threads - g.first : SIMD;
-    g.parity = 0, g.sub[0] = g.sub[1] = 0;
+    g.parity = 0, g.sub[0] = g.sub[1] = 0, g.products = 0;
+    memset(g.sums, 0, sizeof g.sums);
     for (u32 i = 0; i < g.size; i++) g.order[i] = options.schedule == REVERSE ? g.size - 1 - i : i;
     start_round(g);
   }

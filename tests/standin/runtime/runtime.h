@@ -37,11 +37,15 @@ struct Fiber {
   u8 pending_old[16];
 };
 
+enum { APART = 8 };  // how far back a matrix product looks for the last one with its accumulator
+
 struct SimdGroup {
   u32 first, size;     // its fibers
   u32 cursor, parity;  // next lane to look at; which of the two exchange buffers is in use
   u8 order[SIMD];
   u16 sub[2];          // simdgroup barriers since the last threadgroup barrier, per memory space
+  u64 sums[APART];     // addresses of the accumulators of the last matrix products, in a ring
+  u32 products;
 };
 
 // What the lanes bring to a meeting. Two of these suffice for a simdgroup: no lane can reach the meeting after next
@@ -84,7 +88,8 @@ struct Counts {
   u64 read[MAX_BUFFERS], written[MAX_BUFFERS];                      // bytes asked for by all threads
   u64 unique_read[MAX_BUFFERS], unique_written[MAX_BUFFERS];        // bytes, each counted once per threadgroup
   u64 threadgroup_read, threadgroup_written, threadgroup_bytes;
-  u64 matrix_multiplies, scalar_macs, barriers, simdgroup_barriers, simd_ops, same_value_writes;
+  u64 loads[2], stores[2];  // of all threads, by memory space; in checked mode
+  u64 matrix_multiplies, apart, scalar_macs, barriers, simdgroup_barriers, simd_ops, same_value_writes;
   u64 threadgroups, threads;
   u64 unwritten[MAX_BUFFERS], first_unwritten[MAX_BUFFERS];
 };
