@@ -51,6 +51,8 @@ struct Launch {
 
 typedef simdgroup_matrix<float, 8, 8> Frag;
 
+FUNC void fence_loads() { simdgroup_barrier(mem_flags::mem_none); }
+
 FUNC void sync_threadgroup() { threadgroup_barrier(mem_flags::mem_threadgroup); }
 
 // A lane holds two neighbours of a fragment: (row, col) and (row, col + 1). MLX's steel kernels rely on
@@ -223,7 +225,8 @@ FUNC void tile_write_symmetric(OWN Tile<R, C>& t, P p, int size, int col0, Spot 
 
 // ---- Products ------------------------------------------------------------------------------------
 //
-// The sum's index k goes outermost: between two products with one accumulator come those with all the others.
+// The sum's index k goes outermost: between two products with one accumulator come those with all the others. The
+// fences keep the compiler from loading the fragments of every k before the first product, which spills registers.
 
 // c += A b with A (8R x 8K) in threadgroup memory at a, row-major with leading dimension ld;
 // TURNED: A is the transpose of what lies there; CAUSAL: what lies there is zero above its diagonal blocks.
@@ -231,6 +234,7 @@ template <int R, int K, int C, bool TURNED, bool CAUSAL, typename P>
 FUNC void tile_mma(OWN Tile<R, C>& c, P a, int ld, OWN Tile<K, C>& b, Spot at) {
   HLA_UNROLL
   for (int k = 0; k < K; k++) {
+    fence_loads();
     HLA_UNROLL
     for (int r = 0; r < R; r++) {
       if (!CAUSAL || (TURNED ? k >= r : k <= r)) {
@@ -248,6 +252,7 @@ template <int R, int K, int C, typename P>
 FUNC void tile_mma_upper(OWN Tile<R, C>& c, P a, int ld, OWN Tile<K, C>& b, int col, Spot at) {
   HLA_UNROLL
   for (int k = 0; k < K; k++) {
+    fence_loads();
     HLA_UNROLL
     for (int r = 0; r < R; r++) {
       if (r < col + C) {
@@ -267,6 +272,7 @@ FUNC void block_mma(OWN Frag& c, PX x, int ldx, PY y, int ldy, Spot at) {
   Frag odd = frag_zero();
   HLA_UNROLL
   for (int k = 0; k < K; k++) {
+    fence_loads();
     Frag a = frag_read<false>(x + 8 * k, ldx, at);
     Frag b = frag_read<true>(y + 8 * k, ldy, at);
     if (k % 2 == 0) {
