@@ -192,13 +192,15 @@ class KernelProblem(Problem):
         """`bound`, and what the kernels round to the inputs' dtype on the way.
 
         In bfloat16 K̃ (or R) is rounded once between two launches, and the gradients that two passes add to
-        one input each on their own; float16 keeps everything but the results in float32. A normaliser is a
-        column of o: so is its gradient, and the two parts of a ratio's gradient cancel.
+        one input each on their own; float16, and any half type that is normalised, keeps everything but the
+        results in float32.
         """
-        roundings = {"f32": (0, 0), "f16": (0, 1), "bf16": (1, 3)}[self.case.dtype][gradient]
-        if gradient and self.case.normalize:
-            roundings = 2 * roundings + 1
-        return self.bound(gradient, result) + roundings * ROUNDOFF[self.case.dtype]
+        dtype = self.case.dtype
+        if self.case.normalize and dtype == "bf16":
+            roundings = (0, 1)[gradient]
+        else:
+            roundings = {"f32": (0, 0), "f16": (0, 1), "bf16": (1, 3)}[dtype][gradient]
+        return self.bound(gradient, result) + roundings * ROUNDOFF[dtype]
 
     def check(self, gradients=True, threads=THREADS, options=metal.options):
         """Values and gradients against float64 and the ops path; one and the same bits in every order."""

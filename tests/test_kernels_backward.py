@@ -194,10 +194,11 @@ def test_what_a_decay_keeps_is_bounded():
                 assert kept <= plan.KEPT_BYTES or stop - start <= plan.MIN_BLOCK
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("op", ["first", "hla2", "hla3"])
-def test_a_normalised_float16_call_is_planned_as_it_runs(monkeypatch, op):
+def test_a_normalised_half_call_is_planned_as_it_runs(monkeypatch, op, dtype):
     """It runs in float32: above 104 columns its chunks have 8 tokens, and so are its states counted."""
-    q = mx.zeros((1, 600, 16, 112), mx.float16)
+    q = mx.zeros((1, 600, 16, 112), dtype)
     assert kernels.why_not(q, q, q) is None
     metal.install(monkeypatch, checked=False)
     operator = OPERATORS[op].operator

@@ -81,8 +81,11 @@ def step_bytes(D: int, DV: int, groups: int, simdgroups: int) -> int:
 
 
 def step_simdgroups(D: int, DV: int, groups: int) -> int:
-    """Simdgroups of a step's threadgroup: four rows of a state each, as far as their sums fit."""
-    want = min(16, max(1, D // 4))
+    """Simdgroups of a step's threadgroup: four rows of a state each, as far as their sums fit.
+
+    A pipeline's limit of threads falls with its registers, and MLX cannot ask for more; 384 always launch.
+    """
+    want = min(12 if groups * max(D, DV) >= 12 * 128 else 16, max(1, D // 4))
     while want > 1 and step_bytes(D, DV, groups, want) > THREADGROUP_BYTES - SPARE:
         want -= 1
     return want

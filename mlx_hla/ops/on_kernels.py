@@ -101,9 +101,12 @@ class KernelSequence(Tokens):
 
 
 def run_dtype(operator: Operator, call: Call) -> mx.Dtype:
-    """The dtype in which the kernels run a sequence: a quotient of float16 sums would overflow first."""
-    wide = operator.wide or (call.normalize and call.q.dtype == mx.float16)
-    return mx.float32 if wide else call.q.dtype
+    """The dtype in which the kernels run a sequence.
+
+    A quotient of float16 sums would overflow first, and the two parts of its gradient cancel: rounded to
+    bfloat16 between launches they would leave an error of up to 2% (0.3% in float32).
+    """
+    return mx.float32 if operator.wide or call.normalize else call.q.dtype
 
 
 # ---- one token
