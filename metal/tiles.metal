@@ -275,11 +275,7 @@ FUNC void block_mma(OWN Frag& c, PX x, int ldx, PY y, int ldy, Spot at) {
     fence_loads();
     Frag a = frag_read<false>(x + 8 * k, ldx, at);
     Frag b = frag_read<true>(y + 8 * k, ldy, at);
-    if (k % 2 == 0) {
-      frag_mma(c, a, b);
-    } else {
-      frag_mma(odd, a, b);
-    }
+    frag_mma(k % 2 ? odd : c, a, b);
   }
   const Pair sum = frag_get(c) + frag_get(odd);
   frag_set(c, sum[0], sum[1]);
