@@ -17,9 +17,11 @@ from mlx_hla.models import LanguageModel
 from mlx_hla.models.lm import check_tokens
 from mlx_hla.models.snapshot import LAST_TOKENS, Snapshot
 from mlx_hla.nn.cache import arrays, eval_cache, fill
+from mlx_hla.ranks import agree, fingerprint, gathered, waiting
 from mlx_hla.sampling import Sampling
 from mlx_hla.settings import check_whole
 from mlx_hla.tokenizer import Tokenizer
+from mlx_hla.trees import flat
 
 # B batch, V vocabulary, W tokens of history
 
@@ -55,8 +57,7 @@ def prefill(
     if ranks == 1:
         return logits
     eval_cache(cache)  # what is exchanged next does not wait for it
-    every = mx.distributed.all_gather(logits.astype(mx.float32)[None], group=group)
-    return every[-1].astype(logits.dtype)
+    return gathered(logits.astype(mx.float32), group)[-1].astype(logits.dtype)
 
 
 def read(
@@ -68,14 +69,22 @@ def read(
 ) -> Snapshot:
     """What the model holds of tokens [T], read at the beginning or `after` what it read before.
 
-    group: as `prefill` takes it; every rank gets the whole Snapshot, and one may go on alone.
+    group: as `prefill` takes it; every rank gets the whole Snapshot, and one may go on alone. Ranks with
+    another model, prompt or chunk are told of in an InputError on all of them, and so is a rank that ends.
     """
     if not isinstance(model, nn.Module) or not (after is None or isinstance(after, Snapshot)):
         got = f"{type(model).__name__} and {type(after).__name__}"
         raise InputError(f"read takes a LanguageModel and a Snapshot or None, got {got}")
     ids = as_tokens(tokens)
     cache = model.make_cache() if after is None else after.fork()
-    logits = prefill(model, ids[None] if ids.ndim == 1 else ids, cache, chunk, group)
+    rows = ids[None] if ids.ndim == 1 else ids
+    if group is None or group.size() == 1:
+        logits = prefill(model, rows, cache, chunk)
+    else:
+        _alike(model, rows, after, chunk, group)
+        with waiting(group, "reading the prompt"):
+            logits = prefill(model, rows, cache, chunk, group)
+            mx.eval(logits)
     if logits.shape[0] != 1:
         raise InputError(f"a snapshot is of one text, got {logits.shape[0]}")
     mx.eval(logits)
@@ -83,6 +92,17 @@ def read(
     ids = ids.flatten().astype(mx.int32)
     seen = ids if after is None else mx.concatenate([after.tokens, ids])
     return Snapshot(cache, logits, seen[-LAST_TOKENS:], ids.size + (0 if after is None else after.length))
+
+
+def _alike(model: LanguageModel, tokens: mx.array, after: Snapshot | None, chunk: int, group: Any) -> None:
+    """InputError on every rank unless all read the same tokens into the same model."""
+    weights = {
+        **flat(model.parameters()),
+        "config": mx.array(list(model.config.to_json().encode()), mx.uint8),
+    }
+    before = {} if after is None else {"logits": after.logits, "tokens": after.tokens}
+    about = {"the model": weights, "the prompt": {"tokens": tokens}, "what was read before": before}
+    agree(group, "reading a prompt", {"chunk": chunk, **{name: fingerprint(a) for name, a in about.items()}})
 
 
 def _sampling(sampling: Sampling | None) -> Sampling:

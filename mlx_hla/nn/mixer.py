@@ -21,6 +21,8 @@ from typing import Any, ClassVar, TypedDict
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_hla.ops.parallel import alike, usable
+
 from .cache import Cache
 from .conv import ShortConv
 from .inputs import check_array, check_input
@@ -160,11 +162,7 @@ class Mixer(nn.Module):
         segment_ids are this rank's, the cache is that of the whole sequence, the same on every rank. A
         gradient of a parameter is this rank's part of it.
         """
-        fresh = self.make_cache()
-        if group is not None and not isinstance(group, mx.distributed.Group):
-            got = type(group).__name__
-            raise ValueError(f"[{self._who}] group must be None or an mx.distributed.Group, got {got}")
-        group = None if group is None or group.size() == 1 else group
+        fresh, group = self.make_cache(), usable(self._who, group)
         if group is not None and isinstance(x, mx.array) and x.ndim == 3 and x.shape[1] == 0:
             # A masked token in the place of none.
             x, no = mx.pad(x, [(0, 0), (0, 1), (0, 0)]), mx.zeros((x.shape[0], 1), mx.bool_)
@@ -177,6 +175,11 @@ class Mixer(nn.Module):
             kind = type(fresh).__name__
             article = "an" if kind.startswith("HLA") else "a"
             raise ValueError(f"[{self._who}] cache must be {article} {kind}, got {type(cache).__name__}")
+        if group is not None:
+            about = {"the layer": self._extra_repr(), "conv": self.conv.width if "conv" in self else 0}
+            about |= {"B": len(x), "dtype": x.dtype, "segment_ids": segment_ids is not None}
+            about["tokens in the cache"] = cache is not None and not cache.empty()
+            alike(self._who, group, about)
         lengths, packed = None, None
         if mask is not None:
             packed = packing(mask)

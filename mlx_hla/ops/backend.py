@@ -20,6 +20,7 @@ from .. import kernels
 from . import on_kernels, proof
 from .checks import Call, canonical, canonical_step, choice
 from .operator import Operator
+from .parallel import alike
 from .places import Sequence, Token
 
 BACKENDS = (None, "mlx", *(device.name for device in kernels.GPUS))
@@ -71,9 +72,24 @@ def sequence(
 ) -> tuple[mx.array, Any]:
     """(o, state) of an operator over a sequence; own: its own options, shared: those of all operators."""
     call = canonical(operator.name, q, k, v, operator.options, own, **shared)
+    if call.group is not None:
+        alike(call.op, call.group, {"variant": operator.key, **_kind(call, initial_state, **shared)})
     state = operator.check(call, initial_state)
     place = on_kernels.KernelSequence if _by_kernels(operator, call, backend) else Sequence
     return place(operator, call, state).run()
+
+
+def _kind(call, initial_state, decay=None, segment_ids=None, **_) -> dict[str, object]:
+    """What all ranks of a group must have the same of, by name: arrays by their number of axes."""
+    there = {"initial_state": initial_state, "segment_ids": segment_ids}
+    own = {"decay": decay, "scale": call.scale, "eps": call.eps, **call.options}
+    return {
+        **call.dims._asdict(),
+        "dtype": call.q.dtype,
+        "normalize": call.normalize,
+        **{name: f"{x.ndim} axes" if isinstance(x, mx.array) else x for name, x in own.items()},
+        **{name: "one" if x is not None else "none" for name, x in there.items()},
+    }
 
 
 def step(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 import mlx.core as mx
 
 from ..kernels.serve import DTYPES as FLOATS
-from .parallel import Turns
+from .parallel import Turns, usable
 from .scan import fuse
 
 
@@ -244,9 +244,7 @@ def canonical(
     group: Any = None,
 ) -> Call:
     """Check one call over a sequence and fold mask and segments into q, k, v, the decay and the options."""
-    if group is not None and not isinstance(group, mx.distributed.Group):
-        fail(op, "group must be None or an mx.distributed.Group", type(group).__name__)
-    group = None if group is None or group.size() == 1 else group
+    group = usable(op, group)
     empty = group is not None and isinstance(q, mx.array) and q.ndim == 4 and q.shape[1] == 0
     if empty:
         own: Any = (q, k, v, decay, segment_ids)

@@ -12,6 +12,10 @@ differentiate, each its own loss.
 Collectives must meet in one order on all ranks, and ranks with stretches of other lengths have other graphs.
 So every collective of a run waits for the one before it, forward and backward: it takes a `turn` and passes
 on the next, and its cotangent takes and passes on the turn's.
+
+Before the first of them, ranks whose calls differ in more than T would hang or read each other's numbers as
+their own. So the first call of a kind (`alike`) exchanges under a kilobyte, at once: there, all ranks must
+have evaluated the same of what came before. Later calls of that kind exchange nothing for it.
 """
 
 # B batch, T time, H heads, D key dim, V value dim, R ranks
@@ -22,7 +26,27 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from mlx_hla.ranks import agree, gathered, is_group, summed
+
 from .scan import TINY
+
+_known: set[tuple] = set()  # kinds of calls that all ranks have made alike
+
+
+def usable(who: str, group: Any) -> Any:
+    """The group, None where it has one rank; ValueError if it is none."""
+    if group is not None and not is_group(group):
+        got = type(group).__name__
+        raise ValueError(f"[{who}] group must be None or an mx.distributed.Group, got {got}")
+    return None if group is None or group.size() == 1 else group
+
+
+def alike(who: str, group: Any, about: dict[str, object]) -> None:
+    """ValueError on every rank unless all of them call `who` with the same shapes and options but for T."""
+    kind = (who, group.size(), *((name, str(value)) for name, value in about.items()))
+    if kind not in _known:
+        agree(group, f"[{who}] in a group", about)
+        _known.add(kind)
 
 
 class Turns:
@@ -37,13 +61,13 @@ class Turns:
 
         @mx.custom_function
         def run(x, turn):
-            every = mx.distributed.all_gather(_after(x, turn)[None], group=group)
+            every = gathered(_after(x, turn), group)
             return every, _after(turn, every)
 
         @run.vjp
         def _(primals, d, out):
             # After the forward ones too: what is differentiated need not depend on them.
-            total = mx.distributed.all_sum(_after(d[0], out[1], d[1]), group=group)
+            total = summed(_after(d[0], out[1], d[1]), group)
             return total[group.rank()], _after(d[1], total)
 
         every, self._turn = cast("tuple[mx.array, mx.array]", run(x, self._turn))
@@ -52,7 +76,7 @@ class Turns:
     def counted(self, x: mx.array) -> mx.array:
         """x of every rank, `[R, ..]`, of integers."""
         turn = mx.stop_gradient(self._turn)
-        every = mx.distributed.all_gather(_after(x, turn)[None], group=self.group)
+        every = gathered(_after(x, turn), self.group)
         self._turn = _after(self._turn, every)
         return mx.stop_gradient(every)
 
@@ -83,7 +107,7 @@ class Turns:
 
         @run.vjp
         def _(primals, d, out):
-            total = mx.distributed.all_sum(_after(d[0], out[1], d[1]), group=group)
+            total = summed(_after(d[0], out[1], d[1]), group)
             return total, _after(d[1], total)
 
         x, self._turn = cast("tuple[mx.array, mx.array]", run(x, self._turn))
