@@ -142,49 +142,6 @@ def _read_prompt(prompt: str | None) -> str:
     return prompt
 
 
-# --- train
-
-
-def _train_arguments(parser):
-    from mlx_hla.models import ModelConfig
-    from mlx_hla.train import PRESETS, TrainConfig
-
-    presets = "; ".join(f"{name}: {p.about}" for name, p in PRESETS.items())
-    parser.add_argument(
-        "--preset", choices=PRESETS, default="small", help=f"{presets}. Defaults below are those of small"
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the run in --out, as it was set up; --steps may be other",
-    )
-    add_fields(parser.add_argument_group("training"), TrainConfig)
-    add_fields(parser.add_argument_group("model"), ModelConfig)
-
-
-def _train(args) -> int:
-    from mlx_hla.models import ModelConfig
-    from mlx_hla.train import PRESETS, TrainConfig, preset, resume, train
-
-    model, settings = given(args, ModelConfig), given(args, TrainConfig)
-    hint_at_openblas()
-    if args.resume:
-        extra = sorted({*model, *settings} - {"out", "steps"})
-        if extra:
-            flags = ", ".join("--" + n.replace("_", "-") for n in extra)
-            raise InputError(f"a resumed run keeps its settings: leave out {flags}")
-        result = resume(settings.get("out", PRESETS[args.preset].train.out), settings.get("steps"))
-    else:
-        fixed = sorted(set(model) - {"context"})
-        if fixed and settings.get("init_from") is not None:
-            flag = "--" + fixed[0].replace("_", "-")
-            raise InputError(f"the weights of --init-from say what the model is: leave out {flag}")
-        if "vocab_size" in model and settings.get("tokenizer") is not None:
-            raise InputError("the tokenizer says how many tokens there are: leave out --vocab-size")
-        result = train(*preset(args.preset, model, settings))
-    return 0 if result.finished else 130
-
-
 # --- eval
 
 
@@ -346,7 +303,7 @@ def _lm(args) -> int:
 
 COMMANDS = {
     "generate": Command("continue a text", _generate_arguments, _generate),
-    "train": Command("train a model, on the Python standard library or your text", _train_arguments, _train),
+    "train": _late("train a model, on the Python standard library or your text", "train.command"),
     "eval": Command("nats per byte of held-out text; share of samples that parse", _eval_arguments, _eval),
     "info": Command("what a model is made of", _info_arguments, _info),
     "finetune": _late("adapt a model to your text: LoRA, DoRA or full", "tune.commands"),

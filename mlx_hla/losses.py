@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -43,6 +44,11 @@ def token_losses(model: nn.Module, params: dict, tokens: mx.array, **options) ->
     return nn.losses.cross_entropy(logits.astype(mx.float32), tokens[:, 1:], reduction="none")
 
 
+def weighted_sum(losses: mx.array, weights: mx.array) -> mx.array:
+    """Σ weights · losses; what a loss of weight 0 is does not matter."""
+    return mx.where(weights > 0, weights * losses, 0).sum()
+
+
 def check_stream(stream: object) -> None:
     """Tokens in one row, as `data.encode_texts` gives them."""
     if not isinstance(stream, np.ndarray) or stream.ndim != 1 or stream.dtype.kind not in "iu":
@@ -72,7 +78,10 @@ def windows(stream: np.ndarray, batch_size: int, context: int) -> Iterator[tuple
 
 
 class Scorer:
-    """Nats per byte of one stream of tokens, for the weights as they are at each call."""
+    """Nats per byte of one stream of tokens, for the weights as they are at each call.
+
+    team: a `train.team.Team` whose ranks have a part of every batch each.
+    """
 
     def __init__(
         self,
@@ -84,6 +93,7 @@ class Scorer:
         context: int,
         dtype: mx.Dtype,
         max_batches: int = 0,
+        team: Any = None,
     ):
         check_whole("batch_size", batch_size, 1)
         check_whole("context", context, 1)
@@ -99,15 +109,18 @@ class Scorer:
         for tokens, real in windows(stream, batch_size, context):
             if max_batches and len(self._batches) == max_batches:
                 break
-            self._batches.append((mx.array(tokens), mx.array(real)))
+            batch = mx.array(tokens), mx.array(real)
+            self._batches.append(batch if team is None else team.cut(*batch))
             self.bytes += int(token_sizes[tokens[:, 1:][real]].sum())
         if not self.bytes:
             raise InputError("the validation text has no bytes to predict")
 
-        def total(params, tokens, real):
-            return (token_losses(model, cast(params, dtype), tokens) * real).sum()
+        group = {} if team is None else {"group": team.sequence}
 
-        self._total = compiled(total)
+        def total(params, tokens, real):
+            return (token_losses(model, cast(params, dtype), tokens, **group) * real).sum()
+
+        self._total, self._team = compiled(total), team
 
     @property
     def batches(self) -> int:
@@ -119,4 +132,4 @@ class Scorer:
         for done, (tokens, real) in enumerate(self._batches):
             on_batch(done, len(self._batches))
             nats += self._total(params, tokens, real).item()
-        return nats / self.bytes
+        return (nats if self._team is None else self._team.total(nats, "a validation")) / self.bytes

@@ -12,11 +12,14 @@ from finetune_runs import QUICK, TEXT, events, losses, make_base, make_texts, se
 
 from mlx_hla import cli
 from mlx_hla.errors import InputError
+from mlx_hla.losses import weighted_sum
 from mlx_hla.models import load, save
+from mlx_hla.train.step import Trainer
+from mlx_hla.train.team import ALONE
 from mlx_hla.trees import flat
 from mlx_hla.tune import FinetuneConfig, finetune, load_adapted, resume
 from mlx_hla.tune.examples import Windows, encode, pieces, read_material, train_batches, valid_batches
-from mlx_hla.tune.tuner import Tuner, Validation, masked_mean
+from mlx_hla.tune.tuner import Validation
 
 pytest.importorskip("mlx_lm")
 
@@ -109,7 +112,7 @@ def test_accumulation_is_a_larger_batch(base, texts, tmp_path):
     one = tuple(mx.concatenate([a[i] for a in batches]) for i in (0, 1))
     results = []
     for accumulate, given in ((1, [one]), (2, batches)):
-        trainer = Tuner(model, dataclasses.replace(config, accumulate=accumulate))
+        trainer = Trainer(model, dataclasses.replace(config, accumulate=accumulate))
         results.append([a.item() for a in trainer.step(0, given)])  # the loss and the gradient's norm
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 
@@ -132,15 +135,16 @@ def test_the_loss_ignores_prompts(base):
     assert not one.counts[: len(tokenizer.encode("def f(x):\n")) + 1].any()
     assert one.counts[-len(tokenizer.encode("return x")) - 1 :].all()  # and the end of the text
     n = len(one.tokens) - 1
-    assert masked_mean(mx.ones((1, n)) * 7, mx.array(one.counts[None, 1:])).item() == 7
-    values = mx.where(mx.array(one.counts[None, 1:]), 1.0, mx.nan)  # what does not count may be anything
-    assert masked_mean(values, mx.array(one.counts[None, 1:])).item() == 1
-    # A gradient by the logits is zero wherever a prompt's token is predicted.
     tokens, counts = mx.array(one.tokens[None]), mx.array(one.counts[None, 1:])
+    weights = ALONE.part((tokens, counts))[1]
+    assert weighted_sum(mx.ones((1, n)) * 7, weights).item() == pytest.approx(7)
+    values = mx.where(counts, 1.0, mx.nan)  # what does not count may be anything
+    assert weighted_sum(values, weights).item() == pytest.approx(1)
+    # A gradient by the logits is zero wherever a prompt's token is predicted.
 
     def loss(z):
         picked = mx.take_along_axis(z, tokens[:, 1:, None], -1)[..., 0]
-        return masked_mean(mx.logsumexp(z, -1) - picked, counts)
+        return weighted_sum(mx.logsumexp(z, -1) - picked, weights)
 
     grad = mx.abs(mx.grad(loss)(model(tokens[:, :-1]))).sum(-1)
     assert ((grad > 0) == counts).all().item()

@@ -13,8 +13,9 @@ from finetune_runs import QUICK, losses, make_base, make_texts, settings, traine
 
 from mlx_hla.errors import InputError
 from mlx_hla.train.checkpoint import find_checkpoints
+from mlx_hla.train.step import Trainer
 from mlx_hla.tune import finetune, load_adapted, resume
-from mlx_hla.tune.tuner import Tuner, Validation
+from mlx_hla.tune.tuner import Validation
 
 pytest.importorskip("mlx_lm")
 
@@ -37,19 +38,19 @@ def whole(base, texts, tmp_path_factory):
 
 @pytest.mark.parametrize("at", [0, 1, 2, 3, 5])
 def test_a_resumed_run_takes_the_same_steps(base, texts, whole, tmp_path, monkeypatch, at):
-    step = Tuner.step
+    step = Trainer.step
 
     def stopped(self, number, *rest):
         if number == at:
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, number, *rest)
 
-    monkeypatch.setattr(Tuner, "step", stopped)
+    monkeypatch.setattr(Trainer, "step", stopped)
     out = tmp_path / "a"
     first = finetune(settings(base, texts, out))
     assert not first.finished
     assert first.step == at + 1  # the step under way is finished
-    monkeypatch.setattr(Tuner, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     done = resume(out)
     assert done.finished
     assert losses(out) == losses(whole.out)
@@ -69,13 +70,13 @@ def test_early_stop_keeps_the_best(base, texts, tmp_path, monkeypatch):
 
 
 def test_a_run_that_diverges_stops_and_keeps_the_adapter(base, texts, tmp_path, monkeypatch):
-    step = Tuner.step
+    step = Trainer.step
 
     def poisoned(self, number, *rest):
         loss, norm = step(self, number, *rest)
         return (mx.array(mx.nan) if number == 4 else loss), norm
 
-    monkeypatch.setattr(Tuner, "step", poisoned)
+    monkeypatch.setattr(Trainer, "step", poisoned)
     with pytest.raises(InputError, match="diverged: at step 5"):
         finetune(settings(base, texts, tmp_path / "a"))
     load_adapted(tmp_path / "a")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,7 +25,7 @@ from mlx_hla.nn.mixer import Mixer
 from mlx_hla.settings import check_number, check_whole
 from mlx_hla.trees import flat
 
-# B batch, T time, V vocabulary
+# B batch, T time, V vocabulary, C channels
 
 
 def make_mixer(config: ModelConfig, kind: str | int) -> Mixer:
@@ -72,11 +73,11 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.dims, eps=config.norm_eps)
         self.mlp = SwiGLU(config.dims, config.hidden_dims)
 
-    def __call__(self, x, mask=None, segment_ids=None, cache=None, dropout=0.0, keys=None, group=None):
+    def __call__(self, x, mask=None, segment_ids=None, cache=None, drops=None, group=None):
         y = self.mixer(self.mixer_norm(x), mask, segment_ids, cache, group)
-        x = x + (_dropout(y, dropout, keys[0]) if dropout else y)
+        x = x + (y if drops is None else drops[0](y))
         y = self.mlp(self.mlp_norm(x))
-        return x + (_dropout(y, dropout, keys[1]) if dropout else y)
+        return x + (y if drops is None else drops[1](y))
 
 
 def _checkpointed(layer: nn.Module, run: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
@@ -93,8 +94,23 @@ def _checkpointed(layer: nn.Module, run: Callable[[mx.array], mx.array], x: mx.a
     return mx.checkpoint(pure)(layer.trainable_parameters(), x)
 
 
-def _dropout(x: mx.array, rate: float, key: mx.array) -> mx.array:
-    keep = mx.random.bernoulli(1 - rate, x.shape, key=key)
+class Place(NamedTuple):
+    """Where a rank's tokens are in the whole batch: one of equal columns, rows from `row` on."""
+
+    row: int
+    rows: int  # of the batch; a rank may have more, of padding
+    column: int
+    columns: int
+
+
+def _dropout(x: mx.array, rate: float, key: mx.array, place: Place | None) -> mx.array:
+    """Drawn for the whole batch, so that what is dropped does not depend on who has which part of it."""
+    B, T, C = x.shape
+    row, rows, column, columns = place or (0, B, 0, 1)
+    keep = mx.random.bernoulli(1 - rate, (rows, T * columns, C), key=key)
+    if place is not None:
+        keep = keep[row : row + B, column * T : (column + 1) * T]
+        keep = mx.pad(keep, [(0, B - len(keep)), (0, 0), (0, 0)])
     return mx.where(keep, x * (1 / (1 - rate)), 0).astype(x.dtype)
 
 
@@ -139,6 +155,7 @@ class LanguageModel(nn.Module):
         key: mx.array | None = None,
         checkpoint: bool = False,
         group: Any = None,
+        place: Place | None = None,
     ) -> mx.array:
         """tokens [B, T], from 0 to V - 1, to logits [B, T, V].
 
@@ -149,11 +166,18 @@ class LanguageModel(nn.Module):
         cache: from `make_cache`, updated in place. mask, segment_ids: [B, T], as the mixer takes them.
         For training: `dropout` after every mixer and MLP, drawn from `key` and from nothing else; with
         `checkpoint` a block keeps its input only and is computed again in the backward pass. `group`: over
-        whose ranks the tokens are split, as the mixers take it; then a rank may have none.
+        whose ranks the tokens are split, as the mixers take it; then a rank may have none. `place`: where
+        these tokens are in a batch that ranks have parts of; dropout is then that of the batch.
         """
         if group is None or not isinstance(tokens, mx.array) or tokens.ndim != 2 or tokens.shape[1]:
             check_tokens("[LanguageModel] tokens", tokens, self.config.vocab_size)
-        options: Any = {"dropout": dropout, "key": key, "checkpoint": checkpoint, "group": group}
+        options: Any = {
+            "dropout": dropout,
+            "key": key,
+            "checkpoint": checkpoint,
+            "group": group,
+            "place": place,
+        }
         return self.logits(tokens, cache, mask, segment_ids, **options)
 
     def logits(self, tokens: mx.array, *arguments, **options) -> mx.array:
@@ -171,6 +195,7 @@ class LanguageModel(nn.Module):
         key=None,
         checkpoint=False,
         group=None,
+        place=None,
     ) -> mx.array:
         """What the logits are a linear map of, [B, T, dims]; of ids that are known to be in range."""
         if group is not None and checkpoint:
@@ -185,14 +210,15 @@ class LanguageModel(nn.Module):
             got = f"{len(cache)} entries" if isinstance(cache, list) else repr(cache)[:60]
             raise InputError(f"[LanguageModel] cache must be what make_cache gives, got {got}")
         x = self.embedding(tokens)
-        keys: Any = [None] * len(self.layers)
+        drops: Any = [None] * len(self.layers)
         if dropout:
             # Drawn outside the blocks: a checkpointed block must see the same key when it is computed again.
             keys = mx.random.split(key, 2 * len(self.layers)).reshape(len(self.layers), 2, -1)
+            drops = [[partial(_dropout, rate=dropout, key=k, place=place) for k in pair] for pair in keys]
         for i, layer in enumerate(self.layers):
 
-            def run(x, layer=layer, cache=None if cache is None else cache[i], keys=keys[i]):
-                return layer(x, mask, segment_ids, cache, dropout, keys, group)
+            def run(x, layer=layer, cache=None if cache is None else cache[i], drops=drops[i]):
+                return layer(x, mask, segment_ids, cache, drops, group)
 
             x = _checkpointed(layer, run, x) if checkpoint else run(x)
         return self.norm(x)

@@ -8,20 +8,21 @@ import re
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from mlx_hla.errors import InputError
-from mlx_hla.files import write_atomic
+from mlx_hla.files import read_bytes, write_atomic
 from mlx_hla.models import LanguageModel, ModelConfig
 from mlx_hla.models.io import CONFIG, TOKENIZER, check_vocabulary, load_tensors
-from mlx_hla.settings import read_json
-from mlx_hla.tokenizer import Tokenizer
+from mlx_hla.settings import MAX_JSON_BYTES, parse_json
+from mlx_hla.tokenizer import MAX_MODEL_BYTES, Tokenizer
 from mlx_hla.train.folder import new_folder
 from mlx_hla.train.presets import TrainConfig
 from mlx_hla.train.step import Trainer
+from mlx_hla.train.team import ALONE, Team
 from mlx_hla.trees import finite, flat
 
 WEIGHTS, OPTIMIZER, PROGRESS = "weights.safetensors", "optimizer.safetensors", "progress.json"
@@ -87,12 +88,18 @@ def last_good(out: Path) -> str:
     return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
 
-def load_checkpoint(out: Path) -> Checkpoint:
-    found = find_checkpoints(out)
-    if not found:
-        raise InputError(f"{out}: no checkpoint to resume from")
-    folder = found[-1]
-    progress = read_json(folder / PROGRESS)
+def load_checkpoint(out: Path, team: Team = ALONE) -> Checkpoint:
+    """The run in `out` as its last checkpoint has it: rank 0 reads it, and sends the others what it reads."""
+    folder = out
+
+    def read() -> list[bytes]:
+        nonlocal folder
+        folder = last_checkpoint(out)
+        limits = {PROGRESS: MAX_JSON_BYTES, CONFIG: MAX_JSON_BYTES, TOKENIZER: MAX_MODEL_BYTES}
+        return [read_bytes(folder / name, limit) for name, limit in limits.items()]
+
+    texts = team.blobs_of_first(read, 3, "the checkpoint")
+    progress: Any = parse_json(texts[0], str(folder / PROGRESS))
     if not isinstance(progress, dict) or set(progress) != {"step", "corpus", "settings"}:
         raise InputError(f"{folder / PROGRESS}: not a checkpoint's progress file")
     step, corpus = progress["step"], progress["corpus"]
@@ -100,14 +107,22 @@ def load_checkpoint(out: Path) -> Checkpoint:
     if type(step) is not int or not 0 <= step <= settings.steps or not isinstance(corpus, str):
         raise InputError(f"{folder / PROGRESS}: step or corpus make no sense")
     settings = dataclasses.replace(settings, out=str(out))  # the folder may have been moved
-    config = ModelConfig.load(folder / CONFIG)
-    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    config = ModelConfig.from_dict(parse_json(texts[1], str(folder / CONFIG)), str(folder / CONFIG))
+    tokenizer = Tokenizer(texts[2], str(folder / TOKENIZER))
     check_vocabulary(config, tokenizer, folder / TOKENIZER)
     model = LanguageModel(config)
-    trainer = Trainer(model, settings)
-    trainer.params = load_tree(folder / WEIGHTS, trainer.params)
-    trainer.state = load_tree(folder / OPTIMIZER, trainer.state)
+    trainer = Trainer(model, settings, team)
+    if team.first:
+        trainer.params = load_tree(folder / WEIGHTS, trainer.params)
+        trainer.state = load_tree(folder / OPTIMIZER, trainer.state)
     return Checkpoint(step, settings, model, tokenizer, trainer, corpus)
+
+
+def last_checkpoint(out: Path) -> Path:
+    found = find_checkpoints(out)
+    if not found:
+        raise InputError(f"{out}: no checkpoint to resume from")
+    return found[-1]
 
 
 def lengthened(run: Checkpoint, steps: int) -> Checkpoint:

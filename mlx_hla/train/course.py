@@ -1,4 +1,8 @@
-"""The course of a run: steps, validations, checkpoints, until the end, a signal or a divergence."""
+"""The course of a run: steps, validations, checkpoints, until the end, a signal or a divergence.
+
+Ranks that train together go the same way: what decides it, a signal on one of them or a loss, all of them
+know. Rank 0 alone writes.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ class Course:
         self.step = run.step
         self.valid: float | None = None  # the last validation's result
         self._run, self._batches, self._scorer, self._report, self._stop = run, batches, scorer, report, stop
-        self._out = Path(run.settings.out)
+        self._out, self._team = Path(run.settings.out), run.trainer.team
         self._pending: Taken | None = None
 
     @property
@@ -45,7 +49,7 @@ class Course:
             if self.step and self._due(settings.valid_every):
                 self._validate()  # unless it was, before the run was stopped
             while self.step < settings.steps:
-                self._stop.check()
+                self._check_stop()
                 self._take_one()
                 if self._due(settings.valid_every):
                     self._validate()
@@ -55,6 +59,12 @@ class Course:
             pass
         self._save()
 
+    def _check_stop(self, *_) -> None:
+        """Leave off if a signal came, to any rank."""
+        if self._team.any(bool(self._stop), f"step {self.step + 1}"):
+            self._stop.set()
+            raise Stopped
+
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self._run.settings.steps
 
@@ -63,7 +73,7 @@ class Course:
         self._stop.busy_with = f"a forward and backward pass of step {self.step + 1} of {settings.steps}"
         first = self.step * settings.accumulate
         batches = [self._batches[first + i] for i in range(settings.accumulate)]
-        loss, norm = trainer.step(self.step, batches, self._stop.check)
+        loss, norm = trainer.step(self.step, batches, self._check_stop)
         self._write_down()  # of the step before: reading its loss must not hold this one up
         self.step += 1
         self._pending = Taken(self.step, loss, norm)
@@ -92,12 +102,12 @@ class Course:
 
     def _validate(self) -> None:
         self._write_down()
-        self.valid = self._report.validation_of(self.step)
+        self.valid = self._team.number_of_first(self._report.validation_of(self.step), "a validation")
         if self.valid is not None:
             return
         self._stop.busy_with = f"a batch of the validation after step {self.step}"
-        with self._report.pause():
-            valid = self._scorer(self._run.trainer.params, lambda *_: self._stop.check())
+        with self._report.pause(), self._team.computing("a validation"):
+            valid = self._scorer(self._run.trainer.params, self._check_stop)
         self._check(self.step, "validation loss", valid)
         self._report.validated(self.step, valid)
         self.valid = valid
@@ -105,5 +115,13 @@ class Course:
     def _save(self) -> None:
         self._write_down()
         self._report.flush()  # a run killed later goes on from here, and must find the log up to here
-        with self._report.pause():
-            save_checkpoint(self._out, self.step, self._run)
+        trainer, what = self._run.trainer, f"the checkpoint of step {self.step}"
+        # Machines of other kinds may round a step otherwise: what rank 0 saves, all of them go on from.
+        trainer.params, trainer.state = self._team.tree_of_first((trainer.params, trainer.state), what)
+        if self._team.first:
+            with self._report.pause():
+                self._write()
+        self._team.meet(what)  # a rank that ends may end the others: not before all is written
+
+    def _write(self) -> None:
+        save_checkpoint(self._out, self.step, self._run)

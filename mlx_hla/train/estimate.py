@@ -11,6 +11,7 @@ from mlx_hla.devices import compute_dtype, on_gpu
 from mlx_hla.errors import InputError
 from mlx_hla.models import ModelConfig
 from mlx_hla.train.presets import TrainConfig
+from mlx_hla.train.team import ONE, Share
 
 # Float32 numbers a parameter: the weights and those before them, two moments, the gradient, a cast.
 _A_PARAMETER = 6
@@ -20,8 +21,8 @@ _A_PARAMETER = 6
 _A_LOGIT, _A_CHANNEL, _A_HIDDEN, _A_SCORE = 3.6, 22, 4.5, 3.0
 
 
-def step_bytes(config: ModelConfig, settings: TrainConfig) -> float:
-    """About the peak of a step's memory; within a factor of two."""
+def step_bytes(config: ModelConfig, settings: TrainConfig, share: Share = ONE) -> float:
+    """About the peak of a step's memory on a rank with this share; within a factor of two."""
     width = 4 if compute_dtype(settings.dtype) == mx.float32 else 3  # what is summed is float32 in either
     channels = config.dims + config.num_heads * config.key_dim
     layer = width * (_A_CHANNEL * channels + _A_HIDDEN * config.hidden_dims)
@@ -29,7 +30,7 @@ def step_bytes(config: ModelConfig, settings: TrainConfig) -> float:
     seen = {"softmax": config.context, "window": min(config.context, 2 * config.window)}
     scores = sum(seen.get(str(mixer), 0) for mixer in config.mixers) * config.num_heads
     token = 4 * _A_LOGIT * config.vocab_size + config.num_layers * layer + width * _A_SCORE * scores
-    tokens = settings.batch_size * config.context
+    tokens = -(-settings.batch_size // share.rows) * -(-config.context // share.columns)
     return 4 * _A_PARAMETER * config.matrix_parameters + tokens * (token + 8 * settings.accumulate)
 
 
@@ -41,9 +42,9 @@ def device_bytes() -> float:
     return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
-def memory(config: ModelConfig, settings: TrainConfig) -> str:
+def memory(config: ModelConfig, settings: TrainConfig, share: Share = ONE) -> str:
     """The estimate in words; an error where twice the device's memory would not do, as far as that goes."""
-    need, have = step_bytes(config, settings), device_bytes()
+    need, have = step_bytes(config, settings, share), device_bytes()
     if need > 2 * have:
         raise InputError(
             f"a step needs about {amount(need)} and this device has {amount(have)}: take a smaller "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -118,6 +119,21 @@ class Report:
         if self._bar is not None:
             self._bar.close()
         self._file.close()
+
+
+class Silence:
+    """A `Report` of a rank that is not the first: nothing is told and nothing is written."""
+
+    def event(self, *_, **__) -> None:
+        pass
+
+    flush = say = step = validated = close = event
+
+    def validation_of(self, step: int) -> None:
+        return None
+
+    def pause(self):
+        return contextlib.nullcontext()
 
 
 class _Pause:

@@ -26,11 +26,6 @@ class Stop:
     def __bool__(self) -> bool:
         return self._event.is_set()
 
-    def check(self) -> None:
-        """Leave off if a signal came."""
-        if self:
-            raise Stopped
-
 
 @contextlib.contextmanager
 def stop_on_signals(say: Callable[[str], None]) -> Iterator[Stop]:

@@ -9,6 +9,7 @@ from mlx_hla.errors import InputError
 from mlx_hla.files import as_path
 from mlx_hla.flags import add_fields, given
 from mlx_hla.process import hint_at_openblas
+from mlx_hla.train.command import add_team, team_of
 from mlx_hla.tune.adapters import fuse, read_config
 from mlx_hla.tune.options import FinetuneConfig
 from mlx_hla.tune.run import finetune, resume
@@ -16,6 +17,7 @@ from mlx_hla.tune.run import finetune, resume
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, as it was set up")
+    add_team(parser, "finetune")
     add_fields(parser, FinetuneConfig)
 
 
@@ -26,9 +28,9 @@ def run(args: argparse.Namespace) -> int:
         if extra := sorted(set(settings) - {"out"}):
             flags = ", ".join("--" + n.replace("_", "-") for n in extra)
             raise InputError(f"a resumed run keeps its settings: leave out {flags}")
-        result = resume(settings.get("out", FinetuneConfig.out))
+        result = resume(settings.get("out", FinetuneConfig.out), team_of(args))
     else:
-        result = finetune(FinetuneConfig(**settings))
+        result = finetune(FinetuneConfig(**settings), team_of(args))
     return 0 if result.finished else 130
 
 

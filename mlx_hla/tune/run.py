@@ -5,6 +5,7 @@ The folder holds at every moment the best adapter so far, whole, and the checkpo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from importlib.metadata import version
@@ -21,11 +22,12 @@ from mlx_hla.generate import generate
 from mlx_hla.models import LanguageModel
 from mlx_hla.models.io import CONFIG, WEIGHTS
 from mlx_hla.sampling import Sampling
-from mlx_hla.train.checkpoint import find_checkpoints
+from mlx_hla.train.checkpoint import find_checkpoints, last_checkpoint
 from mlx_hla.train.course import Course
 from mlx_hla.train.folder import held
-from mlx_hla.train.report import Report
+from mlx_hla.train.report import Report, Silence
 from mlx_hla.train.signals import Stopped, stop_on_signals
+from mlx_hla.train.team import ALONE, Team, check_alike
 from mlx_hla.trees import flat
 from mlx_hla.tune.adapters import (
     ADAPTERS,
@@ -50,8 +52,11 @@ class Finetuned(NamedTuple):
     out: Path
 
 
-def finetune(settings: FinetuneConfig) -> Finetuned:
-    """Train an adapter. Refuses a folder that holds a run or an adapter already."""
+def finetune(settings: FinetuneConfig, team: Team = ALONE) -> Finetuned:
+    """Train an adapter. Refuses a folder that holds a run or an adapter already.
+
+    team: the ranks that train it together, each of which makes this call with the same settings.
+    """
     if not isinstance(settings, FinetuneConfig):
         raise InputError(f"settings must be a FinetuneConfig, got {repr(settings)[:60]}")
     # A run may be resumed from another folder than the one that it was begun in.
@@ -59,30 +64,39 @@ def finetune(settings: FinetuneConfig) -> Finetuned:
         if (path := getattr(settings, name)) is not None:
             settings = dataclasses.replace(settings, **{name: os.path.abspath(path)})
     out = as_path("out", settings.out)
-    _check_fresh(out)
+    check_alike(team, "the settings", settings)
+    _check_fresh(out, team)
     tuner_of_mlx_lm()  # miss it now, not when the data has been read
-    material = read_material(settings)
-    print(material.about, flush=True)
-    run = begin(settings, material.digest)
+    material = _read(settings, team)
+    run = begin(settings, material.digest, team)
+    if not team.first:
+        return _go(run, material)
     with held(out):
-        _check_fresh(out)  # another run may have come and gone while this one read
+        _check_fresh(out, team)  # another run may have come and gone while this one read
         keys = None if settings.type == "full" else _plain_keys(run.model)
         write_config(out, adaptation(settings)._replace(keys=keys), settings.model, run.base)
         return _go(run, material)
 
 
-def resume(out: str | Path) -> Finetuned:
-    """Go on with the run in `out` from its last checkpoint, with the settings that it has."""
+def resume(out: str | Path, team: Team = ALONE) -> Finetuned:
+    """Go on with the run in `out` from its last checkpoint, with the settings that it has, on any ranks."""
     out = as_path("out", out)
-    if not find_checkpoints(out):
-        raise InputError(f"{out}: no checkpoint to resume from")
-    with held(out):
-        run = load_run(out)
-        material = read_material(run.settings)
-        print(material.about, flush=True)
+    if team.first:
+        last_checkpoint(out)
+    with held(out) if team.first else contextlib.nullcontext():
+        run = load_run(out, team)
+        material = _read(run.settings, team)
         if material.digest != run.corpus:
             raise InputError(f"{out}: the data ({material.name}) is not what the run began with")
         return _go(run, material)
+
+
+def _read(settings: FinetuneConfig, team: Team) -> Material:
+    material = read_material(settings)
+    if team.first:
+        print(material.about, flush=True)
+    team.agree("the data", {"the texts": material.digest})
+    return material
 
 
 def _plain_keys(model: LanguageModel) -> tuple[str, ...]:
@@ -90,7 +104,9 @@ def _plain_keys(model: LanguageModel) -> tuple[str, ...]:
     return tuple(sorted({key.removesuffix(".linear") for key in linear_keys(model)}))
 
 
-def _check_fresh(out: Path) -> None:
+def _check_fresh(out: Path, team: Team) -> None:
+    if not team.first:
+        return
     if find_checkpoints(out) or any((out / name).exists() for name in (ADAPTERS, CONFIG, WEIGHTS)):
         raise InputError(f"{out}: holds a run or a model already; choose another --out, or --resume it")
 
@@ -137,7 +153,8 @@ class _Tuning(Course):
         if self.step == 0:
             standing.before = self.valid
         if standing.best is None or self.valid < standing.best:
-            write_arrays(out, self._tuned.trainer.params)
+            if self._team.first:
+                write_arrays(out, self._tuned.trainer.params)
             standing.best, standing.best_step, standing.worse = self.valid, self.step, 0
         else:
             standing.worse += 1
@@ -146,36 +163,38 @@ class _Tuning(Course):
             self.enough = True
             raise _Enough
 
-    def _save(self) -> None:
-        self._write_down()
-        self._report.flush()  # a run killed later goes on from here, and must find the log up to here
-        with self._report.pause():
-            save_run(self._tuned, self.step)
+    def _write(self) -> None:
+        save_run(self._tuned, self.step)
 
 
 def _go(run: Run, material: Material) -> Finetuned:
     settings, model, tokenizer = run.settings, run.model, run.tokenizer
-    context, out = model.config.context, Path(settings.out)
+    trainer, context, out = run.trainer, model.config.context, Path(settings.out)
+    team = trainer.team
+    team.check_split(model.config, settings)
+    trainer.params, trainer.state = team.tree_of_first((trainer.params, trainer.state), "the weights")
     batches = train_batches(material, tokenizer, settings, context)
     sizes = data.bytes_per_token(tokenizer)
     held_out = valid_batches(material, tokenizer, settings, context)
-    scorer = Validation(model, held_out, sizes, compute_dtype(settings.dtype))
+    scorer = Validation(model, held_out, sizes, compute_dtype(settings.dtype), team)
     prompt = settings.prompt or material.prompt
-    trained = sum(a.size for a in flat(run.trainer.params).values())
+    trained = sum(a.size for a in flat(trainer.params).values())
     per_step = round(settings.batch_size * settings.accumulate * batches.tokens)
     ratio = scorer.bytes / scorer.tokens
-    report = Report(
-        out,
-        start=run.step,
-        steps=settings.steps,
-        tokens_per_step=per_step,
-        log_every=settings.log_every,
-        bytes_per_token=ratio,
-    )
+    report: Any = Silence()
+    if team.first:
+        report = Report(
+            out,
+            start=run.step,
+            steps=settings.steps,
+            tokens_per_step=per_step,
+            log_every=settings.log_every,
+            bytes_per_token=ratio,
+        )
     report.say(
         f"{settings.type}{'' if settings.bits is None else f' on {settings.bits} bits'}: {trained:,} of "
         f"{model.num_parameters:,} parameters are trained; windows of {context} tokens, {per_step:,} tokens "
-        f"a step; {scorer.tokens:,} held-out tokens; {mx.default_device()}"
+        f"a step; {scorer.tokens:,} held-out tokens; {mx.default_device()}{team}"
     )
     report.event(
         "resume" if run.step else "start",
@@ -187,11 +206,12 @@ def _go(run: Run, material: Material) -> Finetuned:
         base=run.base,
         valid_tokens=scorer.tokens,
         valid_bytes=scorer.bytes,
+        ranks=team.size,
         mlx=version("mlx"),
         mlx_lm=version("mlx-lm"),
     )
     try:
-        if run.step == 0:
+        if run.step == 0 and team.first:
             _sample(report, "before", 0, run, prompt)
         with stop_on_signals(report.say) as stop:
             course = _Tuning(run, batches, scorer, report, stop)
@@ -202,6 +222,8 @@ def _go(run: Run, material: Material) -> Finetuned:
         )
         if not course.finished:
             report.say(f"stopped after step {course.step}; go on with: mlx-hla finetune --resume --out {out}")
+            return result
+        if not team.first:
             return result
         if course.enough:
             report.say(f"no better validation since step {standing.best_step}: stopped at step {course.step}")

@@ -11,17 +11,18 @@ import mlx.core as mx
 
 from mlx_hla.devices import compute_dtype
 from mlx_hla.errors import InputError
-from mlx_hla.files import write_atomic
+from mlx_hla.files import read_bytes, write_atomic
 from mlx_hla.models import LanguageModel, load
 from mlx_hla.models.snapshot import digest
-from mlx_hla.settings import read_json
+from mlx_hla.settings import MAX_JSON_BYTES, parse_json
 from mlx_hla.tokenizer import Tokenizer
-from mlx_hla.train.checkpoint import find_checkpoints, last_good, load_tree, replace_checkpoint
+from mlx_hla.train.checkpoint import last_checkpoint, last_good, load_tree, replace_checkpoint
 from mlx_hla.train.estimate import memory
+from mlx_hla.train.step import Trainer
+from mlx_hla.train.team import ALONE, Team
 from mlx_hla.trees import finite
 from mlx_hla.tune.adapters import Adaptation, adapt
 from mlx_hla.tune.options import FinetuneConfig
-from mlx_hla.tune.tuner import Tuner
 
 TRAINED, OPTIMIZER, PROGRESS = "trained.safetensors", "optimizer.safetensors", "progress.json"
 
@@ -42,23 +43,24 @@ class Run(NamedTuple):
     settings: FinetuneConfig
     model: LanguageModel
     tokenizer: Tokenizer
-    trainer: Tuner
+    trainer: Trainer
     corpus: str  # the data's digest
     base: str  # the base's
     standing: Standing
 
 
-def begin(settings: FinetuneConfig, corpus: str) -> Run:
-    """The base, ready to be trained, with no step taken."""
+def begin(settings: FinetuneConfig, corpus: str, team: Team = ALONE) -> Run:
+    """The base, ready to be trained, with no step taken. Every rank reads the base itself."""
     dtype = mx.float32 if settings.type == "full" else compute_dtype(settings.dtype)
     model, tokenizer = load(settings.model, dtype)
     base = digest(model)
+    team.agree("the base", {"the weights": base})
     if settings.context is not None:
         model.config = dataclasses.replace(model.config, context=settings.context)
     alike: Any = settings  # it has the fields that the estimate needs
-    memory(model.config, alike)
+    memory(model.config, alike, team.share)
     adapt(model, adaptation(settings), settings.seed)
-    return Run(0, settings, model, tokenizer, Tuner(model, settings), corpus, base, Standing())
+    return Run(0, settings, model, tokenizer, Trainer(model, alike, team), corpus, base, Standing())
 
 
 def adaptation(settings: FinetuneConfig) -> Adaptation:
@@ -88,11 +90,12 @@ def save_run(run: Run, step: int) -> None:
     replace_checkpoint(final, {PROGRESS: text}, trees)
 
 
-def load_run(out: Path) -> Run:
-    """The run in `out` as its last checkpoint has it."""
-    folder = find_checkpoints(out)[-1]
+def load_run(out: Path, team: Team = ALONE) -> Run:
+    """The run in `out` as its last checkpoint has it: rank 0 reads it, and sends the others what it reads."""
+    folder = last_checkpoint(out) if team.first else out
     path = folder / PROGRESS
-    progress = read_json(path)
+    (text,) = team.blobs_of_first(lambda: [read_bytes(path, MAX_JSON_BYTES)], 1, "the checkpoint")
+    progress: Any = parse_json(text, str(path))
     known = {"step", "corpus", "base", "settings", "standing"}
     if not isinstance(progress, dict) or set(progress) != known:
         raise InputError(f"{path}: not the progress file of a fine-tuning run")
@@ -102,11 +105,12 @@ def load_run(out: Path) -> Run:
     if type(step) is not int or not 0 <= step <= settings.steps or not isinstance(corpus, str):
         raise InputError(f"{path}: step or corpus make no sense")
     standing = _standing(progress["standing"], path)
-    run = begin(settings, corpus)
+    run = begin(settings, corpus, team)
     if run.base != progress["base"]:
         raise InputError(f"{out}: the base is not the one that the run began with")
-    run.trainer.params = load_tree(folder / TRAINED, run.trainer.params)
-    run.trainer.state = load_tree(folder / OPTIMIZER, run.trainer.state)
+    if team.first:
+        run.trainer.params = load_tree(folder / TRAINED, run.trainer.params)
+        run.trainer.state = load_tree(folder / OPTIMIZER, run.trainer.state)
     return run._replace(step=step, standing=standing)
 
 
