@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
+import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,8 +23,13 @@ from mlx_hla.errors import InputError
 from mlx_hla.patience import PATIENCE, VARIABLE
 
 WORD = b"mlx-hla\0"
+_count = itertools.count()
 TEXT, MARK = 40, 8  # bytes of a value that is shown, and of its digest
 LOST = "peer"  # MLX's word for a rank whose connection has ended
+
+
+class Lost(InputError):
+    """Another rank has ended, or does something else."""
 
 
 class Part:
@@ -71,9 +78,11 @@ def summed(x: mx.array, group: Any) -> mx.array:
 @contextlib.contextmanager
 def waiting(group: Any, what: str) -> Iterator[None]:
     """Here the other ranks are waited for: the clock runs, and a rank that is lost is told of in a line."""
-    rank, size, before = world(group).rank(), world(group).size(), PATIENCE.line
+    who, before = f"rank {world(group).rank()} of {world(group).size()}", PATIENCE.line
+    ended = f"{who}: another rank has ended, in {what}: if it says nothing, it was killed or is out of reach"
+    PATIENCE.on_loss(ended)
     PATIENCE.expect(
-        f"rank {rank} of {size}: heard nothing of another rank for {PATIENCE.seconds:g} s, in {what}; "
+        f"{who}: heard nothing of another rank for {PATIENCE.seconds:g} s, in {what}; "
         f"{VARIABLE} sets how long to wait"
     )
     try:
@@ -81,10 +90,7 @@ def waiting(group: Any, what: str) -> Iterator[None]:
     except RuntimeError as e:
         if LOST not in str(e):
             raise
-        raise InputError(
-            f"rank {rank} of {size}: another rank has ended, in {what}: where it says nothing itself, it was "
-            "killed or its machine cannot be reached"
-        ) from e
+        raise Lost(ended) from e
     finally:
         PATIENCE.expect(before)
 
@@ -95,14 +101,19 @@ def world(group: Any) -> mx.distributed.Group:
 
 def exchange(group: Any, data: bytes, what: str) -> list[bytes]:
     """The bytes of every rank of the whole group; all give equally many."""
-    row = mx.array(np.frombuffer(WORD + data, np.uint8))
+    # Each has its number: MLX may give out what an earlier one left in memory when a rank is lost.
+    head = WORD + next(_count).to_bytes(8, "big")
+    row = mx.array(np.frombuffer(head + data, np.uint8))
     with waiting(group, what):
         every = np.array(mx.distributed.all_gather(row[None], group=world(group)))
     found = [each.tobytes() for each in every]
     for rank, each in enumerate(found):
-        if not each.startswith(WORD):
-            raise InputError(f"rank {rank} is at something else than {what}: all ranks must do the same")
-    return [each[len(WORD) :] for each in found]
+        if not each.startswith(head):
+            raise Lost(
+                f"rank {world(group).rank()} of {len(found)}: rank {rank} has ended, or is at something else "
+                f"than {what}, which all ranks must come to together"
+            )
+    return [each[len(head) :] for each in found]
 
 
 def agree(group: Any, what: str, about: Mapping[str, object]) -> None:
@@ -129,17 +140,17 @@ def agree(group: Any, what: str, about: Mapping[str, object]) -> None:
 
 def blobs_of_first(group: Any, blobs: list[bytes] | None, count: int, limit: int, what: str) -> list[bytes]:
     """`count` pieces of at most `limit` bytes each, which rank 0 gives, on every rank."""
-    own = b"".join(len(b).to_bytes(8, "big") for b in blobs or [b""] * count)
-    first = exchange(group, own, what)[0]
+    own = b"".join(struct.pack(">Q32s", len(b), hashlib.sha256(b).digest()) for b in blobs or [b""] * count)
     out = []
-    for i in range(count):
-        size = int.from_bytes(first[8 * i : 8 * i + 8], "big")
+    for i, (size, digest) in enumerate(struct.iter_unpack(">Q32s", exchange(group, own, what)[0])):
         if size > limit:
             raise InputError(f"{what}: rank 0 sends {size} bytes, more than {limit}")
         mine = blobs[i] if blobs is not None else bytes(size)
         with waiting(group, what):
-            every = summed(mx.array(np.frombuffer(mine, np.uint8)), world(group)) if size else mx.zeros((0,))
-            out.append(np.array(every).astype(np.uint8).tobytes())
+            every = summed(mx.array(np.frombuffer(mine or b"\0", np.uint8)), world(group))
+            out.append(np.array(every).tobytes()[:size])
+        if hashlib.sha256(out[-1]).digest() != digest:
+            raise InputError(f"{what}: what rank 0 sends does not arrive whole")
     return out
 
 

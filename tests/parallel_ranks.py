@@ -1,6 +1,7 @@
 """Run by `mlx.launch` on every rank: operators over a split sequence beside the whole. See test_parallel."""
 
 import copy
+import dataclasses
 import itertools
 import os
 import sys
@@ -11,7 +12,11 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 import mlx_hla
+from mlx_hla.errors import InputError
+from mlx_hla.generate import read
+from mlx_hla.losses import token_losses
 from mlx_hla.models import LanguageModel, ModelConfig
+from mlx_hla.models.lm import Place
 from mlx_hla.nn import HLAttention, SoftmaxAttention, WindowAttention
 
 CALLS = {
@@ -223,6 +228,76 @@ def run_model(lengths, group):
     return error, "logits"
 
 
+def run_compiled(group):
+    """A step's losses and gradients of a split model, compiled, beside those that are not."""
+    config = ModelConfig(vocab_size=50, dims=16, num_layers=2, num_heads=2, hidden_dims=24, window=3)
+    config = dataclasses.replace(config, layers=("hla2", "window"))
+    model, rank = LanguageModel(config, seed=1), group.rank()
+    params = model.trainable_parameters()
+
+    def loss(params, tokens, key):
+        options = {"group": group, "dropout": 0.1, "key": key, "place": Place(0, 2, rank, group.size())}
+        return token_losses(model, params, tokens, **options).sum()
+
+    plain = mx.value_and_grad(loss)
+    compiled, worst = mx.compile(plain), 0.0
+    for n, T in enumerate((9, 9, 12)):  # a length that was compiled, and a new one
+        tokens = mx.random.randint(0, 50, (2, T), key=mx.random.key(10 * n + rank))
+        got, want = (f(params, tokens, mx.random.key(n)) for f in (compiled, plain))
+        mx.eval(got)
+        mx.eval(want)
+        for (name, a), (_, b) in zip(tree_flatten(got), tree_flatten(want), strict=True):
+            assert a.shape == b.shape, name
+            worst = max(worst, float(mx.abs(a - b).max() / (mx.abs(b).max() + 1e-3)))
+    return worst
+
+
+def unlike(group):
+    """Calls in which rank 1 differs: an error on every rank, and the next call is as good as ever."""
+    rank, fresh = group.rank(), itertools.count(1)
+
+    def arrays(B=1, H=2, D=4, dtype=mx.float32):
+        q = mx.ones((B, 3 + rank, H, D), dtype)
+        return {"q": q, "k": q[:, :, :1], "v": q[:, :, :1]}
+
+    cases = [
+        ("B", arrays(B=1 + rank), {}),
+        ("Hq", arrays(H=2 + rank), {}),
+        ("D", arrays(D=4 + rank), {}),
+        ("dtype", arrays(dtype=mx.bfloat16 if rank else mx.float32), {}),
+        ("variant", arrays(), {"masked": not rank}),
+        ("scale", arrays(), {"scale": 1.0 + rank}),
+        ("ridge", arrays(), {"ridge": 0.5 * rank}),
+        ("decay", arrays(), {"decay": mx.array([0.5]) if rank else 0.5}),
+        ("normalize", arrays(), {"normalize": bool(rank)}),
+        ("segment_ids", arrays(), {"segment_ids": mx.zeros((1, 4), mx.int32) if rank else None}),
+    ]
+    for name, given, options in cases:
+        options = {"eps": 1e-3 * next(fresh), **options}  # only a new kind of call is told of
+        with pytest.raises(
+            ValueError, match=rf"\[hla2\] in a group: the ranks differ in {name}: rank 0 has "
+        ):
+            mlx_hla.hla2(**given, **options, group=group)
+        mx.eval(mlx_hla.hla2(**arrays(), group=group))
+    x = mx.ones((1 + rank, 5, 16))
+    for made in (HLAttention(16, 4), WindowAttention(16, 4, window=3)):
+        with pytest.raises(ValueError, match="in a group: the ranks differ in B: rank 0 has 1, rank 1 has 2"):
+            made(x, group=group)
+    with pytest.raises(ValueError, match="the ranks differ in the layer"):
+        HLAttention(16, 4, operator=("hla2", "ahla")[min(rank, 1)])(x[:1], group=group)
+
+    config = ModelConfig(vocab_size=50, dims=16, num_layers=1, num_heads=2, hidden_dims=24)
+    model, tokens = LanguageModel(config, seed=1), list(range(40))
+    for name, (m, ids, chunk) in {
+        "the model": (LanguageModel(config, seed=1 + rank), tokens, 8),
+        "the prompt": (model, tokens[: 40 - rank], 8),
+        "chunk": (model, tokens, 8 + rank),
+    }.items():
+        with pytest.raises(InputError, match=f"reading a prompt: the ranks differ in {name}: "):
+            read(m, ids, chunk=chunk, group=group)
+    assert read(model, tokens, chunk=8, group=group).length == 40
+
+
 def main():
     launched = "MLX_RANK" in os.environ
     group = mx.distributed.init(strict=True, backend="ring") if launched else mx.distributed.init()
@@ -244,6 +319,11 @@ def main():
         error, _ = run_model(lengths, group)
         print(f"rank {group.rank()} model: {error:.1e}", flush=True)
         assert error < 1e-4, error
+    if group.size() == 2 and not sys.argv[1:]:
+        error = run_compiled(group)
+        print(f"rank {group.rank()} compiled: {error:.1e}", flush=True)
+        assert error < 1e-5, error
+        unlike(group)
     if group.size() > 1:
         q = mx.ones((1, 2, 1, 4))
         with pytest.raises(

@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx_hla.data import Batches
 from mlx_hla.errors import InputError
 from mlx_hla.losses import Scorer
+from mlx_hla.ranks import Lost
 from mlx_hla.train.checkpoint import Checkpoint, last_good, save_checkpoint
 from mlx_hla.train.report import Report
 from mlx_hla.train.signals import Stop, Stopped
@@ -44,6 +45,12 @@ class Course:
 
     def take(self) -> None:
         """Go on until the end or a signal, and leave a checkpoint of the last step taken."""
+        try:
+            self._take()
+        except Lost as e:
+            raise InputError(f"{e}; {last_good(self._out)}" if self._team.first else str(e)) from e
+
+    def _take(self) -> None:
         settings = self._run.settings
         try:
             if self.step and self._due(settings.valid_every):

@@ -124,6 +124,7 @@ class Team:
             mx.eval(tree)  # what its graph exchanges comes before
             out = nn.average_gradients(tree, self._group)
             mx.eval(out)
+        self.meet(what)  # else the mean may be of what a lost rank left in memory
         return out
 
     @contextmanager
@@ -185,7 +186,9 @@ class Team:
             return every.view(a.dtype).reshape(a.shape)
 
         with self.waiting(what):
-            return tree_map(sent, tree)
+            out = tree_map(sent, tree)
+        self.meet(what)
+        return out
 
     def meet(self, what: str) -> None:
         """No rank goes on before all are here."""

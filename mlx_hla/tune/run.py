@@ -130,7 +130,7 @@ class _Tuning(Course):
         done = self.step == self._tuned.settings.steps or self.enough
         return done and self._tuned.standing.validated == self.step
 
-    def take(self) -> None:
+    def _take(self) -> None:
         if self.enough:
             return
         if self.step == 0:
@@ -139,7 +139,7 @@ class _Tuning(Course):
                 self._validate()
             except Stopped:
                 return
-        super().take()
+        super()._take()
 
     def _is_enough(self) -> bool:
         patience = self._tuned.settings.patience
