@@ -17,7 +17,8 @@ from mlx_hla.models import LanguageModel
 from mlx_hla.models.lm import check_tokens
 from mlx_hla.models.snapshot import LAST_TOKENS, Snapshot
 from mlx_hla.nn.cache import arrays, eval_cache, fill
-from mlx_hla.ranks import agree, fingerprint, gathered, waiting
+from mlx_hla.patience import PATIENCE
+from mlx_hla.ranks import agree, exchange, fingerprint, gathered, waiting
 from mlx_hla.sampling import Sampling
 from mlx_hla.settings import check_whole
 from mlx_hla.tokenizer import Tokenizer
@@ -51,6 +52,7 @@ def prefill(
         x = model.features(part, cache, group=group)
         if start + ranks * chunk < T:
             eval_cache(cache)  # so that one chunk's activations live at a time
+            PATIENCE.expect(PATIENCE.line)
     logits = (
         model.embedding.as_linear(x[:, -1]) if x.shape[1] else mx.zeros((len(x), model.config.vocab_size))
     )
@@ -85,6 +87,7 @@ def read(
         with waiting(group, "reading the prompt"):
             logits = prefill(model, rows, cache, chunk, group)
             mx.eval(logits)
+        exchange(group, b"", "the end of the prompt")  # else it may be what a lost rank left in memory
     if logits.shape[0] != 1:
         raise InputError(f"a snapshot is of one text, got {logits.shape[0]}")
     mx.eval(logits)
