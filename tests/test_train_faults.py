@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -428,6 +429,30 @@ Trainer.step = long
 sys.exit(cli.main(["train", *sys.argv[1:]]))
 """
 FLAGS = "--preset tiny --vocab-size 380 --dims 16 --num-layers 1 --hidden-dims 16 --context 16 --batch-size 2"
+
+
+def test_a_terminal_that_goes_away_leaves_a_checkpoint(corpus, tmp_path):
+    """A rank that mlx.launch started on another machine hears Ctrl-C so."""
+    out = tmp_path / "run"
+    flags = [
+        *FLAGS.split(),
+        f"--data={corpus}",
+        f"--out={out}",
+        "--save-every=1000",
+        "--steps=1000",
+        "--log-every=1",
+    ]
+    terminal, own = pty.openpty()
+    script = "import fcntl, termios; fcntl.ioctl(1, termios.TIOCSCTTY, 0)\n" + LONG.format(seconds=2)
+    ends = {"stdin": own, "stdout": own, "stderr": own, "start_new_session": True}
+    process = subprocess.Popen([sys.executable, "-c", script, *flags], **ends)
+    os.close(own)
+    seen = b""
+    while b"in a call" not in seen:
+        seen += os.read(terminal, 1 << 16)
+    os.close(terminal)
+    assert process.wait(60) == 130
+    assert [p.name for p in find_checkpoints(out)] == ["checkpoint-00000004"]
 
 
 @pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
