@@ -16,7 +16,9 @@ segment_ids: `[B, T]` integers. The state starts anew at a real token whose id d
 initial_state: the state that an earlier call returned.
 group: an `mx.distributed` group over whose ranks T is split. Each gives its stretch, in the order of ranks
     and of any length, with the same options and the same initial_state. The state that comes back is the
-    whole sequence's, on every rank. Not for Algorithm 3.
+    whole sequence's, on every rank. Not for Algorithm 3. The first call of a kind exchanges under a kilobyte
+    at once, and raises on every rank if their shapes (but T), dtypes or options differ. For ranks that may
+    end or fall silent, `mlx_hla.launched.join` makes a group with a clock.
 backend: None picks the GPU kernels where they serve the call and the plain MLX ops elsewhere; "metal", "cuda"
     or "mlx" asks for one.
 

@@ -4,7 +4,14 @@ A batch of the settings is that of all ranks. R ranks are R / K groups with a pa
 ranks of a group have a part of every row's tokens each (`sequence_parallel`; 1: every rank has whole rows).
 A rank's loss is the sum over its tokens with weights that, over all ranks, have the mean 1 / tokens that
 count: so the mean over the ranks of losses and gradients is that of one process with the whole batch,
-however the tokens that count fall on the ranks.
+however the tokens that count fall on the ranks. Dropout is drawn for the whole batch and each rank takes its
+part, so it too is that of one process (with K > 1, if K divides the tokens of a row).
+
+In a step of P parameters a rank sends 8 P (R - 1) / R bytes and receives as many: `nn.average_gradients` in
+messages of 32 MB, exact here because the weights above make a sum of a mean. For the 5.9 million of the model
+that ships, two ranks and 4 GB/s that is 6 ms. Beside it come two exchanges of a few bytes: whether to stop,
+and whether all are there still. With K > 1 come what the layers exchange (`ops.parallel`), around all ranks
+where R > K (`Part`).
 """
 
 # R ranks, K ranks of a sequence, B batch, T time, b and t a rank's part of them
