@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,7 +34,8 @@ def join(what: str) -> mx.distributed.Group | None:
         f"{VARIABLE} sets how long to wait"
     )
     try:
-        group = mx.distributed.init(strict=True)
+        with _ended_by_ctrl_c():
+            group = mx.distributed.init(strict=True)
     except RuntimeError as e:
         raise InputError(f"rank {ascii(rank)[1:-1][:9]} cannot join the others: {e}") from None
     PATIENCE.expect("")
@@ -39,6 +43,20 @@ def join(what: str) -> mx.distributed.Group | None:
         return None
     _greet(group, what)
     return group
+
+
+@contextlib.contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """MLX waits for all to come with Python's lock held, so that no handler of Python's would be heard."""
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _greet(group: mx.distributed.Group, what: str) -> None:

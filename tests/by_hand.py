@@ -45,10 +45,17 @@ def start(folder, commands, **env):
     for rank, command in enumerate(commands):
         if command is None:
             continue
-        own = {**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts), **env}
-        files = [(folder / f"{hosts.stem}.{rank}.{name}").open("w+") for name in ("out", "err")]
-        ranks.append(subprocess.Popen(command, stdout=files[0], stderr=files[1], env=own))
-        ranks[-1].files = files
+        own = {
+            **os.environ,
+            "OPENBLAS_NUM_THREADS": "1",
+            "MLX_RANK": str(rank),
+            "MLX_HOSTFILE": str(hosts),
+            **env,
+        }
+        said = [folder / f"{hosts.stem}.{rank}.{name}" for name in ("out", "err")]
+        with said[0].open("w") as out, said[1].open("w") as err:
+            ranks.append(subprocess.Popen(command, stdout=out, stderr=err, env=own))
+        ranks[-1].said = said
     return ranks
 
 
@@ -60,12 +67,7 @@ def ended(process, timeout=LONG):
         process.kill()
         process.wait()
         raise
-    texts = []
-    for file in process.files:
-        file.seek(0)
-        texts.append(file.read())
-        file.close()
-    return Ended(process.returncode, *texts)
+    return Ended(process.returncode, *(path.read_text() for path in process.said))
 
 
 def freeze(process):

@@ -87,7 +87,7 @@ def test_a_rank_that_is_killed_while_it_reads_ends_all(tmp_path):
     prompt.write_text("def f(x):\n    return x\n" * 5000)
     command = [sys.executable, "-c", READS, EXAMPLE, str(prompt), "--chunk", "1"]
     processes = start(tmp_path, [command] * 3)
-    until(lambda: all(Path(p.files[0].name).read_text() for p in processes), processes)
+    until(lambda: all(p.said[0].read_text() for p in processes), processes)
     time.sleep(0.5)  # a token at a time takes minutes
     processes[1].kill()
     for one in all_ended(processes, 60)[::2]:

@@ -94,6 +94,16 @@ def test_a_rank_that_never_comes_is_waited_for_and_no_longer(corpus, tmp_path):
     assert not out.exists()
 
 
+def test_ctrl_c_ends_a_rank_that_waits_for_others_to_come(corpus, tmp_path):
+    (process,) = start(tmp_path, [steady(corpus, tmp_path / "out"), None])
+    time.sleep(3)  # it has begun to wait, where nothing tells so
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    done = ended(process, SOON)
+    assert done.code in (130, -signal.SIGINT), done
+    assert done.err in ("", "mlx-hla: error: interrupted\n")
+
+
 def test_what_it_waits_for_does_not_run_out_while_a_rank_works(corpus, tmp_path):
     """Longer than its patience with a silent rank; each step is a word of it."""
     out = tmp_path / "out"

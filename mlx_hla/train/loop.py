@@ -50,7 +50,8 @@ def train(config: ModelConfig, settings: TrainConfig, team: Team = ALONE) -> Res
 
     team: the ranks that train it together, each of which makes this call with the same settings.
     """
-    for name, value, kind in (("config", config, ModelConfig), ("settings", settings, TrainConfig)):
+    kinds = ("config", config, ModelConfig), ("settings", settings, TrainConfig), ("team", team, Team)
+    for name, value, kind in kinds:
         if not isinstance(value, kind):
             raise InputError(f"{name} must be a {kind.__name__}, got {repr(value)[:60]}")
     _check_extra(team)
@@ -76,9 +77,9 @@ def resume(out: str | Path, steps: int | None = None, team: Team = ALONE) -> Res
     which was to have so many from its start. A finished run can be lengthened. `team`: as `train` takes it,
     of any number of ranks, whatever it was before. Rank 0 reads the checkpoint.
     """
-    _check_extra(team)
     out = as_path("out", out)
     check_alike(team, "the settings", {"steps": steps})
+    _check_extra(team)
     if team.first:
         last_checkpoint(out)
     with _held(out, team):

@@ -212,6 +212,8 @@ def assemble(command: str, sequence_parallel: int = 1) -> Team:
 
 def check_alike(team: Team, what: str, *settings: Any) -> None:
     """InputError on every rank unless all have the same settings, but for the places of things."""
+    if not isinstance(team, Team):
+        raise InputError(f"team must be a Team, got {repr(team)[:60]}")
     values: dict[str, object] = {"sequence_parallel": team.share.columns}
     for each in settings:
         values |= each if isinstance(each, dict) else dataclasses.asdict(each)

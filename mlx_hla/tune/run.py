@@ -81,6 +81,7 @@ def finetune(settings: FinetuneConfig, team: Team = ALONE) -> Finetuned:
 def resume(out: str | Path, team: Team = ALONE) -> Finetuned:
     """Go on with the run in `out` from its last checkpoint, with the settings that it has, on any ranks."""
     out = as_path("out", out)
+    check_alike(team, "the settings")
     if team.first:
         last_checkpoint(out)
     with held(out) if team.first else contextlib.nullcontext():
