@@ -17,6 +17,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 SECONDS = 600.0  # a rank may compile or read a large corpus while the others wait
@@ -77,6 +78,11 @@ class Patience:
     def on_loss(self, line: str) -> None:
         """What to say where a connection has ended and this process does not say it."""
         self._tell("!" + line)
+
+    def end(self) -> None:
+        """This process ends by itself: a launcher that terminates it must not be faster than its line."""
+        if self._process is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _tell(self, line: str) -> None:
         if self._process is None or self._process.stdin is None:

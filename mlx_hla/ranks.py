@@ -90,6 +90,7 @@ def waiting(group: Any, what: str) -> Iterator[None]:
     except RuntimeError as e:
         if LOST not in str(e):
             raise
+        PATIENCE.end()
         raise Lost(ended) from e
     finally:
         PATIENCE.expect(before)
@@ -109,6 +110,7 @@ def exchange(group: Any, data: bytes, what: str) -> list[bytes]:
     found = [each.tobytes() for each in every]
     for rank, each in enumerate(found):
         if not each.startswith(head):
+            PATIENCE.end()
             raise Lost(
                 f"rank {world(group).rank()} of {len(found)}: rank {rank} has ended, or is at something else "
                 f"than {what}, which all ranks must come to together"

@@ -73,7 +73,8 @@ def stop_on_signals(say: Callable[[str], None]) -> Iterator[Stop]:
     finally:
         signal.set_wakeup_fd(wakeup)
         for s, old in before.items():
-            signal.signal(s, old)
+            if signal.getsignal(s) is not signal.SIG_IGN:  # which `patience` has set since
+                signal.signal(s, old)
         os.close(writer)  # the listener reads the end of the pipe, and ends
         thread.join()
         os.close(reader)
