@@ -66,7 +66,7 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(corpus, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("moment", [0.0, 0.1, 0.3])
 def test_a_launcher_that_ends_the_others_does_not_take_their_line(corpus, tmp_path, moment):
-    """mlx.launch terminates all ranks once it has seen one end, which may be before, in or after an exchange."""
+    """mlx.launch terminates all ranks once it has seen one end: before, in or after an exchange."""
     processes = start(tmp_path, [steady(corpus, tmp_path / "out")] * 2)
     until(lambda: find_checkpoints(tmp_path / "out"), processes)
     processes[1].kill()
