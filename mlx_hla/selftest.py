@@ -3,7 +3,8 @@
 A case is one operator, what is run of it, dtype and shape. Its results (outputs and states, or each gradient)
 are compared in the relative Frobenius norm, each on its own, the largest error counts:
 
-- with the float64 reference on the same inputs; where that would take minutes, with the ops path in float32;
+- with the float64 reference on the same inputs; where that would take minutes, with the ops path in float32
+  on the CPU;
 - the ops path in the case's dtype takes the same measure.
 
 A case passes if nothing is NaN and its error is at most four times the ops path's, within limits by dtype: an

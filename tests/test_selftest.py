@@ -1,6 +1,7 @@
 """`mlx-hla selftest`: sound kernels pass on the stand-in, broken ones fail, no device is said plainly."""
 
 import argparse
+import contextlib
 import json
 
 import mlx.core as mx
@@ -137,6 +138,27 @@ def test_errors():
     assert not selftest.Result(TINY[0], error <= 1, error, 1, 0, worst, 1, 1).passed
     with pytest.raises(ValueError, match=r"b is \(5,\), expected \(4,\)"):
         cases.error_of([arrays[0], mx.ones(5)], one, "ab")
+
+
+def test_the_measure_is_a_cpu(monkeypatch):
+    """A GPU's products of float32 may be TF32: kernels that are better would differ from them."""
+    entered, where = [], []
+
+    @contextlib.contextmanager
+    def stream(device):
+        entered.append(device)
+        yield
+        entered.pop()
+
+    def through(case, name):
+        where.append((name, list(entered)))
+        return lambda *arrays: [mx.ones(3)]
+
+    monkeypatch.setattr(mx, "stream", stream)
+    monkeypatch.setattr(cases, "through", through)
+    monkeypatch.setattr(cases, "names_of", lambda case: ["o"])
+    assert cases.compare(Case("first", "forward", "float32", SEQUENCE)).passed
+    assert where == [("mlx", [mx.cpu]), ("mlx", []), ("kernels", [])]
 
 
 @pytest.mark.skipif(kernels.gpu.here() is not None, reason="there is a GPU here")
