@@ -3,7 +3,8 @@
 // A kernel body speaks of tiles (8R x 8C floats spread over one simdgroup as 8x8 fragments), of arrays that
 // the threadgroup shares, and of the decay inside one chunk of W tokens. It names no address space, no barrier's
 // flag, no attribute of the launch: those stand in the first section only, and tests/test_metal_sources.py
-// holds all files to it. To run the bodies on another GPU, replace the first section.
+// holds all files to it. To run the bodies on another GPU, replace the first section: tiles.cuh does that for CUDA, and
+// has products and staging of its own.
 //
 // Layout of a product: the threadgroup's simdgroups divide the columns of the result. Simdgroup s owns
 // the stripe of 8C columns from 8C s on, of the state, of the output and of the right operand, all in
