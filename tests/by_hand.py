@@ -1,7 +1,9 @@
 """Ranks started by hand, each with its own command: to differ, and to be killed."""
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -28,13 +30,13 @@ class Ended(NamedTuple):
 
 
 def free_ports(n):
-    sockets = [socket.socket() for _ in range(n)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+    """n ports in a row, below those that systems give out, since `mlx.launch` counts up from the first."""
+    while True:
+        first = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
+            for port in range(first, first + n):
+                held.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return list(range(first, first + n))
 
 
 def start(folder, commands, **env):

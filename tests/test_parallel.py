@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from by_hand import all_ended, start, until
+from by_hand import all_ended, free_ports, start, until
 
 import mlx_hla
 from mlx_hla.errors import InputError
@@ -23,7 +23,9 @@ def launch(ranks, *args, script=SCRIPT):
     launcher = Path(sys.executable).with_name("mlx.launch")
     if not launcher.exists():
         pytest.skip("mlx.launch is not beside this Python")
-    command = [launcher, "-n", str(ranks), "--backend", "ring", "--", sys.executable, script, *args]
+    port = str(free_ports(ranks)[0])  # others may be launched on this machine
+    command = [launcher, "-n", str(ranks), "--backend", "ring", "--starting-port", port, "--"]
+    command += [sys.executable, script, *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 

@@ -186,7 +186,7 @@ def test_mlx_launch_starts_ranks(corpus, tmp_path):
     launcher = Path(sys.executable).with_name("mlx.launch")
     if not launcher.exists():
         pytest.skip("mlx.launch is not beside this Python")
-    (port, _) = free_ports(2)
+    port = free_ports(2)[0]
     command = [launcher, "-n", "2", "--backend", "ring", "--starting-port", str(port), "--"]
     command += flags(corpus, tmp_path / "out", steps=2)
     done = subprocess.run(command, capture_output=True, text=True, timeout=LONG)
