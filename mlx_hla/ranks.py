@@ -135,6 +135,7 @@ def agree(group: Any, what: str, about: Mapping[str, object]) -> None:
             if cell != cells[0]:
                 texts = [c[:TEXT].rstrip(b"\0").decode("ascii", "replace") for c in (cells[0], cell)]
                 first, other = (ascii(t)[1:-1] for t in texts)
+                PATIENCE.end()
                 raise InputError(
                     f"{what}: the ranks differ in {name}: rank 0 has {first}, rank {rank} has {other}"
                 )
