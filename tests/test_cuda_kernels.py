@@ -90,13 +90,16 @@ def test_packed_steps(monkeypatch, op):
 
 
 def test_the_choice(monkeypatch):
-    """`backend=None` takes them, "metal" is not here, and another operator's passes run on them."""
+    """`backend=None` takes them if asked, "metal" is not here, and another operator's passes run on them."""
     cuda.install(monkeypatch)
-    monkeypatch.delenv("MLX_HLA_BACKEND", raising=False)
     q = mx.random.normal((1, 20, 2, 8))
     cuda.launched.clear()
-    mx.eval(mlx_hla.hla2(q, q, q))
-    assert cuda.launched == ["hla_hla2_walk"]
+    for wish, taken in ((None, []), ("metal", []), ("mlx", []), ("cuda", ["hla_hla2_walk"])):
+        monkeypatch.delenv("MLX_HLA_BACKEND", raising=False)
+        if wish:
+            monkeypatch.setenv("MLX_HLA_BACKEND", wish)
+        mx.eval(mlx_hla.hla2(q, q, q))
+        assert cuda.launched == taken, wish
     mx.eval(mlx_hla.hla2(q.astype(mx.bfloat16), *[q.astype(mx.bfloat16)] * 2, masked=False, backend="cuda"))
     assert set(cuda.launched[1:]) == {"hla_linear_out_rounded"}
     with pytest.raises(ValueError, match=r"\[hla2\] backend 'metal' cannot serve .*is not an Apple GPU"):

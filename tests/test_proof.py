@@ -143,6 +143,7 @@ def test_on_cuda_too(monkeypatch, sound):
         return cuda.cuda_kernel(**options | {"header": header})
 
     cuda.install(monkeypatch, make)
+    monkeypatch.setenv("MLX_HLA_BACKEND", "cuda")
     cuda.launched.clear()
     q, k, v = token()
     want, _ = mlx_hla.linear_attention_step(q, k, v, None, backend="mlx")

@@ -1,9 +1,10 @@
 """Runs an operator: checks, the choice of a backend, its composition where that says.
 
-`backend=None` takes the kernels on an Apple or NVIDIA GPU where they have proved themselves (`proof`): for
-sequences that `kernels.why_not` does not refuse, and for one token where the operator has a kernel for it.
-The environment variable MLX_HLA_BACKEND=mlx turns them off. `backend="metal"` and "cuda" raise where they
-cannot serve; nothing falls back in silence.
+`backend=None` takes the kernels on an Apple GPU where they have proved themselves (`proof`): for sequences
+that `kernels.why_not` does not refuse, and for one token where the operator has a kernel for it. The
+environment variable MLX_HLA_BACKEND=mlx turns them off, and MLX_HLA_BACKEND=cuda turns them on, likewise
+where proved, on an NVIDIA GPU. `backend="metal"` and "cuda" raise where they cannot serve; nothing falls back
+in silence.
 """
 
 from __future__ import annotations
@@ -49,9 +50,15 @@ def _preferred(operator: Operator, call: Call) -> bool:
 def _by_kernels(operator: Operator, call: Call, backend: str | None) -> bool:
     choice(call.op, "backend", backend, BACKENDS)
     wish = os.environ.get("MLX_HLA_BACKEND") or None
-    if wish not in (None, "mlx"):
-        raise InputError(f"the environment variable MLX_HLA_BACKEND must be mlx or unset, got {wish[:60]!r}")
-    if backend == "mlx" or (backend is None and wish):
+    if wish not in BACKENDS:
+        names = ", ".join(filter(None, BACKENDS))
+        raise InputError(
+            f"the environment variable MLX_HLA_BACKEND must be one of {names} or unset, got {wish[:60]!r}"
+        )
+    here = kernels.gpu.here()
+    if backend == "mlx" or (backend is None and (wish == "mlx" or here is None)):
+        return False
+    if backend is None and here is not None and not here.unasked and wish != here.name:
         return False
     why = _why_not(call, backend)
     if backend and why:
