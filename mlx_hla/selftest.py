@@ -209,7 +209,8 @@ def run(args, cases: Sequence[Case] | None = None, subjects: Sequence[proof.Subj
     else:
         print(f"{len(results) - failed} passed, {failed} failed")
         if found:
-            print(f"\nWhat backend=None takes here from now on ({cache_file()}):")
+            wish = "backend=None" if kernels.gpu.language().unasked else "MLX_HLA_BACKEND=cuda"
+            print(f"\nWhat {wish} takes here from now on ({cache_file()}):")
         for subject, verdict in found.items():
             print(verdict_row(subject, verdict))
     return int(failed > 0 or not results)

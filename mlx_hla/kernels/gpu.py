@@ -40,8 +40,8 @@ class GPU:
         return threads[2] * width, threads[1], threads[0] // width
 
 
-# On CUDA compiled plain ops are on a par with the kernels at 65,536 tokens and faster at 4,096 (HLA2, 16 heads of
-# 64, metal/README.md), and every process compiles what it uses of the kernels for seconds.
+# On CUDA compiled plain ops are on a par with the kernels at 65,536 tokens and faster at 4,096 (HLA2, 16
+# heads of 64, metal/README.md), and every process compiles what it uses of the kernels for seconds.
 METAL = GPU("metal", "Metal", "an Apple GPU", "metal_kernel")
 CUDA = GPU(
     "cuda",

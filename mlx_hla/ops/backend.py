@@ -49,8 +49,8 @@ def _preferred(operator: Operator, call: Call) -> bool:
 
 def _by_kernels(operator: Operator, call: Call, backend: str | None) -> bool:
     choice(call.op, "backend", backend, BACKENDS)
-    wish = os.environ.get("MLX_HLA_BACKEND") or None
-    if wish not in BACKENDS:
+    wish = os.environ.get("MLX_HLA_BACKEND", "")
+    if wish and wish not in BACKENDS:
         names = ", ".join(filter(None, BACKENDS))
         raise InputError(
             f"the environment variable MLX_HLA_BACKEND must be one of {names} or unset, got {wish[:60]!r}"
