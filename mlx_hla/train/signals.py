@@ -64,7 +64,13 @@ def stop_on_signals(say: Callable[[str], None]) -> Iterator[Stop]:
     # What is ignored (by nohup, or behind a script's back) stays so; None is not Python's to restore.
     all_three = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     watched = [s for s in all_three if signal.getsignal(s) not in (signal.SIG_IGN, None)]
-    before = {s: signal.signal(s, lambda *_: stop.set()) for s in watched}
+
+    def handle(number: int, _: object) -> None:
+        if number == signal.SIGHUP:
+            _forget(terminals)  # the thread may come too late for what is said next
+        stop.set()
+
+    before = {s: signal.signal(s, handle) for s in watched}
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()
