@@ -250,6 +250,23 @@ FUNC Places<EXACT> no_places() { return {}; }
 template <typename P>
 FUNC constexpr bool by_pairs(bool turned) { return turned || sizeof(*P()) == 2; }
 
+// A lane's places of a row of fragments.
+template <bool EXACT, bool PAIRS, int C>
+FUNC void row_places(Places<EXACT> (&right)[C], const Frag (&row)[C], Spot at) {
+  HLA_UNROLL
+  for (int j = 0; j < C; j++) right[j] = places_of<EXACT, PAIRS>(row[j], at);
+}
+
+// Rows r and r + 1 of c, of which there may be no second, += the 16 rows of the left operand times those.
+template <bool A, bool B, int R, int C>
+FUNC void rows_mma(Tile<R, C>& c, int r, const Places<A>& upper, const Places<A>& lower, const Places<B> (&right)[C]) {
+  HLA_UNROLL
+  for (int j = 0; j < C; j++) {
+    Frag none = frag_zero();
+    places_mma(c.f[r][j], r + 1 < R ? c.f[(r + 1) % R][j] : none, upper, lower, right[j]);
+  }
+}
+
 template <int R, int K, int C, bool TURNED, bool CAUSAL, typename P>
 FUNC void tile_mma(Tile<R, C>& c, P a, int ld, const Tile<K, C>& b, Spot at) {
   constexpr bool STATE = TURNED && !CAUSAL, PAIRS = by_pairs<P>(TURNED);
@@ -257,8 +274,7 @@ FUNC void tile_mma(Tile<R, C>& c, P a, int ld, const Tile<K, C>& b, Spot at) {
   HLA_UNROLL
   for (int k = 0; k < K; k++) {
     Places<B> right[C];
-    HLA_UNROLL
-    for (int j = 0; j < C; j++) right[j] = places_of<B, PAIRS>(b.f[k][j], at);
+    row_places<B, PAIRS>(right, b.f[k], at);
     HLA_UNROLL
     for (int r = 0; r < R; r += 2) {
       const bool top = !CAUSAL || (TURNED ? k >= r : k <= r);
@@ -270,11 +286,7 @@ FUNC void tile_mma(Tile<R, C>& c, P a, int ld, const Tile<K, C>& b, Spot at) {
         lower = places_read<A, PAIRS, TURNED>(
             TURNED ? a + 8 * k * ld + 8 * below : a + 8 * below * ld + 8 * k, ld, at);
       }
-      HLA_UNROLL
-      for (int j = 0; j < C; j++) {
-        Frag none = frag_zero();
-        if (top || bottom) places_mma(c.f[r][j], r + 1 < R ? c.f[(r + 1) % R][j] : none, upper, lower, right[j]);
-      }
+      if (top || bottom) rows_mma(c, r, upper, lower, right);
     }
   }
 }
@@ -286,19 +298,14 @@ FUNC void tile_mma_upper(Tile<R, C>& c, P a, int ld, const Tile<K, C>& b, int co
   HLA_UNROLL
   for (int k = 0; k < K; k++) {
     Places<B> right[C];
-    HLA_UNROLL
-    for (int j = 0; j < C; j++) right[j] = places_of<B, PAIRS>(b.f[k][j], at);
+    row_places<B, PAIRS>(right, b.f[k], at);
     HLA_UNROLL
     for (int r = 0; r < R; r += 2) {
       if (r < col + C) {
         const auto upper = places_read<A, PAIRS, true>(a + 8 * k * ld + 8 * r, ld, at);
         auto lower = no_places<A>();
         if (r + 1 < R) lower = places_read<A, PAIRS, true>(a + 8 * k * ld + 8 * (r + 1), ld, at);
-        HLA_UNROLL
-        for (int j = 0; j < C; j++) {
-          Frag none = frag_zero();
-          places_mma(c.f[r][j], r + 1 < R ? c.f[(r + 1) % R][j] : none, upper, lower, right[j]);
-        }
+        rows_mma(c, r, upper, lower, right);
       }
     }
   }

@@ -99,13 +99,14 @@ def read(
 
 def _alike(model: LanguageModel, tokens: mx.array, after: Snapshot | None, chunk: int, group: Any) -> None:
     """InputError on every rank unless all read the same tokens into the same model."""
-    weights = {
-        **flat(model.parameters()),
-        "config": mx.array(list(model.config.to_json().encode()), mx.uint8),
-    }
     before = {} if after is None else {"logits": after.logits, "tokens": after.tokens}
-    about = {"the model": weights, "the prompt": {"tokens": tokens}, "what was read before": before}
-    agree(group, "reading a prompt", {"chunk": chunk, **{name: fingerprint(a) for name, a in about.items()}})
+    about = {
+        "chunk": chunk,
+        "the model": fingerprint(flat(model.parameters())) + model.config.to_json(),
+        "the prompt": fingerprint({"tokens": tokens}),
+        "what was read before": fingerprint(before),
+    }
+    agree(group, "reading a prompt", about)
 
 
 def _sampling(sampling: Sampling | None) -> Sampling:

@@ -1,10 +1,11 @@
-"""What tests of arrays share: random inputs and comparisons that say how far off a result is."""
+"""What tests share: random inputs, comparisons that say how far off a result is, texts to train on."""
 
 import os
 import signal
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A job in the background ignores Ctrl-C, and so would every command that the tests start and stop.
@@ -16,6 +17,15 @@ os.environ["MLX_HLA_PROOF"] = "0"
 # On CUDA a kernel takes seconds to compile, and tests have hundreds of shapes: there, kernels are asked for.
 if mx.cuda.is_available():
     os.environ["MLX_HLA_BACKEND"] = "mlx"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder of small texts to train on."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(30):
+        (folder / f"f{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n\n\nprint(f{i}(2))\n" * 8)
+    return folder
 
 
 def to_numpy(x):

@@ -126,14 +126,6 @@ def test_broken_model_files(capfd, folder, tmp_path):
 TRAIN = "--preset tiny --vocab-size 380 --dims 16 --num-layers 1 --hidden-dims 16 --context 16 --batch-size 2"
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for i in range(30):
-        (folder / f"f{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n\n\nprint(f{i}(2))\n" * 8)
-    return folder
-
-
 def test_train_eval_info(capsys, corpus, tmp_path):
     out = tmp_path / "run"
     argv = ["train", *TRAIN.split(), "--data", corpus, "--out", out, "--steps", 4]

@@ -18,11 +18,8 @@ import language_run
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(30):
-        (folder / f"f{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n\n\nprint(f{i}(2))\n" * 8)
-    return folder
+def folder(corpus):
+    return corpus
 
 
 def flags(folder, out, *more):

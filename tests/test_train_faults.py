@@ -37,14 +37,6 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for i in range(30):
-        (folder / f"f{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n\n\nprint(f{i}(2))\n" * 8)
-    return folder
-
-
 def configs(corpus, out, **settings):
     return preset("tiny", MODEL, {**SETTINGS, "data": str(corpus), "out": str(out), **settings})
 

@@ -40,14 +40,6 @@ SETTINGS = {
 TOLERANCE = 2e-5  # of a loss: sums of float32 in another order, and what some steps make of that
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for i in range(30):
-        (folder / f"f{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n\n\nprint(f{i}(2))\n" * 8)
-    return folder
-
-
 def one_process(corpus, out, **settings):
     train(
         *preset(

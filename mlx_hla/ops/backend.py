@@ -27,12 +27,11 @@ from .places import Sequence, Token
 BACKENDS = (None, "mlx", *(device.name for device in kernels.GPUS))
 
 
-def _why_not(call: Call, backend: str | None) -> str | None:
-    here = kernels.gpu.here()
+def _why_not(call: Call, backend: str | None, here: kernels.gpu.GPU | None) -> str | None:
     for device in kernels.GPUS:
         if backend == device.name and here is not device:
             return f"MLX's default device is not {device.chip}"
-    return "no GPU" if here is None else kernels.why_not(call.q, call.k, call.v)
+    return kernels.why_not(call.q, call.k, call.v)
 
 
 def _preferred(operator: Operator, call: Call) -> bool:
@@ -56,11 +55,11 @@ def _by_kernels(operator: Operator, call: Call, backend: str | None) -> bool:
             f"the environment variable MLX_HLA_BACKEND must be one of {names} or unset, got {wish[:60]!r}"
         )
     here = kernels.gpu.here()
-    if backend == "mlx" or (backend is None and (wish == "mlx" or here is None)):
+    if backend is None and (here is None or wish == "mlx" or not (here.unasked or wish == here.name)):
         return False
-    if backend is None and here is not None and not here.unasked and wish != here.name:
+    if backend == "mlx":
         return False
-    why = _why_not(call, backend)
+    why = _why_not(call, backend, here)
     if backend and why:
         raise ValueError(f"[{call.op}] backend {backend!r} cannot serve this call: {why}")
     return not why and (backend is not None or _preferred(operator, call))

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlx_hla.errors import InputError
+from mlx_hla.train.team import Team
 
 # As `write_atomic` and `new_folder` name what is not whole yet.
 _UNFINISHED = re.compile(
@@ -47,6 +48,11 @@ def held(out: Path) -> Iterator[None]:
             _sweep(out)
     finally:
         os.close(number)
+
+
+def held_by(team: Team, out: Path) -> contextlib.AbstractContextManager[None]:
+    """`held` by the rank that writes, and nothing on the others."""
+    return held(out) if team.first else contextlib.nullcontext()
 
 
 def _sweep(out: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 from importlib.metadata import version
@@ -30,7 +29,7 @@ from mlx_hla.train.checkpoint import (
 )
 from mlx_hla.train.course import Course
 from mlx_hla.train.estimate import memory
-from mlx_hla.train.folder import held
+from mlx_hla.train.folder import held_by
 from mlx_hla.train.presets import TrainConfig
 from mlx_hla.train.report import Report, Silence
 from mlx_hla.train.signals import stop_on_signals
@@ -65,7 +64,7 @@ def train(config: ModelConfig, settings: TrainConfig, team: Team = ALONE) -> Res
     corpus = _read_corpus(settings, team)
     model, tokenizer = _begin(config, settings, corpus, team)
     trainer = Trainer(model, settings, team)
-    with _held(out, team):
+    with held_by(team, out):
         _check_fresh(out, team)  # another run may have come and gone while this one read
         return _run(Checkpoint(0, settings, model, tokenizer, trainer, corpus.digest), corpus)
 
@@ -82,7 +81,7 @@ def resume(out: str | Path, steps: int | None = None, team: Team = ALONE) -> Res
     _check_extra(team)
     if team.first:
         last_checkpoint(out)
-    with _held(out, team):
+    with held_by(team, out):
         saved = load_checkpoint(out, team)
         if steps is not None:
             saved = lengthened(saved, steps)
@@ -90,10 +89,6 @@ def resume(out: str | Path, steps: int | None = None, team: Team = ALONE) -> Res
         if corpus.digest != saved.corpus:
             raise InputError(f"{out}: the corpus ({corpus.name}) is not the one that the run began with")
         return _run(saved, corpus)
-
-
-def _held(out: Path, team: Team) -> contextlib.AbstractContextManager[None]:
-    return held(out) if team.first else contextlib.nullcontext()
 
 
 def _begin(

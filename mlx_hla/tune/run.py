@@ -5,7 +5,6 @@ The folder holds at every moment the best adapter so far, whole, and the checkpo
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 from importlib.metadata import version
@@ -24,7 +23,7 @@ from mlx_hla.models.io import CONFIG, WEIGHTS
 from mlx_hla.sampling import Sampling
 from mlx_hla.train.checkpoint import find_checkpoints, last_checkpoint
 from mlx_hla.train.course import Course
-from mlx_hla.train.folder import held
+from mlx_hla.train.folder import held_by
 from mlx_hla.train.report import Report, Silence
 from mlx_hla.train.signals import Stopped, stop_on_signals
 from mlx_hla.train.team import ALONE, Team, check_alike
@@ -69,12 +68,11 @@ def finetune(settings: FinetuneConfig, team: Team = ALONE) -> Finetuned:
     tuner_of_mlx_lm()  # miss it now, not when the data has been read
     material = _read(settings, team)
     run = begin(settings, material.digest, team)
-    if not team.first:
-        return _go(run, material)
-    with held(out):
+    with held_by(team, out):
         _check_fresh(out, team)  # another run may have come and gone while this one read
-        keys = None if settings.type == "full" else _plain_keys(run.model)
-        write_config(out, adaptation(settings)._replace(keys=keys), settings.model, run.base)
+        if team.first:
+            keys = None if settings.type == "full" else _plain_keys(run.model)
+            write_config(out, adaptation(settings)._replace(keys=keys), settings.model, run.base)
         return _go(run, material)
 
 
@@ -84,7 +82,7 @@ def resume(out: str | Path, team: Team = ALONE) -> Finetuned:
     check_alike(team, "the settings")
     if team.first:
         last_checkpoint(out)
-    with held(out) if team.first else contextlib.nullcontext():
+    with held_by(team, out):
         run = load_run(out, team)
         material = _read(run.settings, team)
         if material.digest != run.corpus:
