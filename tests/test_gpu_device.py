@@ -10,6 +10,8 @@ from standin import cuda
 
 from mlx_hla import kernels, selftest
 from mlx_hla.kernels import plan
+from mlx_hla.ops import cases
+from mlx_hla.ops.cases import Case, Shape
 from mlx_hla.ops.operator import choices
 
 pytestmark = [
@@ -35,9 +37,9 @@ def test_selftest(family, kind):
 
 
 def problem(family, shape, kind="forward", dtype="float32"):
-    case = selftest.Case(family, kind, dtype, shape)
-    arrays, given = selftest.inputs(case)
-    return selftest.through(case, "kernels"), arrays, given
+    case = Case(family, kind, dtype, shape)
+    arrays, given = cases.inputs(case)
+    return cases.through(case, "kernels"), arrays, given
 
 
 def same(a, b):
@@ -52,7 +54,7 @@ def close(got, want, tol):
 @each_family
 def test_the_same_bits_every_time(family):
     """No atomics and no races: ten runs of the forward and of the gradients agree to the bit."""
-    run, arrays, given = problem(family, selftest.Shape(2, 1100, 4, 2, 64, 64), dtype="bfloat16")
+    run, arrays, given = problem(family, Shape(2, 1100, 4, 2, 64, 64), dtype="bfloat16")
     first = [*run(*arrays), *mx.vjp(run, arrays, given)[1]]
     for _ in range(10):
         assert same([*run(*arrays), *mx.vjp(run, arrays, given)[1]], first)
@@ -61,7 +63,7 @@ def test_the_same_bits_every_time(family):
 @each_family
 def test_compiled(family):
     """`mx.compile` fuses what stands between the launches, so the last bits may differ."""
-    run, arrays, given = problem(family, selftest.Shape(1, 70, 4, 2, 32, 32))
+    run, arrays, given = problem(family, Shape(1, 70, 4, 2, 32, 32))
     close(mx.compile(run)(*arrays), run(*arrays), 1e-6)
     gradients = mx.compile(lambda *a: mx.vjp(run, list(a), given)[1])
     close(gradients(*arrays), mx.vjp(run, arrays, given)[1], 1e-6)
@@ -70,7 +72,7 @@ def test_compiled(family):
 @each_family
 def test_strides(family):
     """Heads before tokens in memory, and every other column: the same bits as from contiguous arrays."""
-    run, arrays, _ = problem(family, selftest.Shape(2, 70, 4, 2, 32, 32))
+    run, arrays, _ = problem(family, Shape(2, 70, 4, 2, 32, 32))
     turned = [mx.contiguous(x.swapaxes(1, 2)).swapaxes(1, 2) for x in arrays[:3]]
     spread = [mx.contiguous(mx.repeat(x, 2, axis=-1))[..., ::2] for x in arrays[:3]]
     want = run(*arrays)
@@ -80,7 +82,7 @@ def test_strides(family):
 
 def test_long_calls_are_cut(monkeypatch):
     """A call of more work than one launch may hold gives what one launch gives."""
-    run, arrays, _ = problem("hla2", selftest.Shape(1, 1100, 2, 2, 64, 64))
+    run, arrays, _ = problem("hla2", Shape(1, 1100, 2, 2, 64, 64))
     want = run(*arrays)
     monkeypatch.setattr(plan, "LAUNCH_WORK", 512 * 2 * 64 * 64)
     close(run(*arrays), want, 1e-5)
@@ -102,7 +104,7 @@ def test_the_text_is_what_mlx_writes(monkeypatch, capfd):
         return kernel
 
     monkeypatch.setattr(mx.fast, "cuda_kernel", make)
-    run, arrays, given = problem("hla2", selftest.Shape(1, 530, 2, 1, 64, 64), dtype="bfloat16")
+    run, arrays, given = problem("hla2", Shape(1, 530, 2, 1, 64, 64), dtype="bfloat16")
     mx.eval(run(*arrays), mx.vjp(run, arrays, given)[1])
     text = capfd.readouterr().out
     assert programs

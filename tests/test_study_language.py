@@ -15,6 +15,7 @@ from mlx_hla.nn import HLAttention
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "study"))
 import language
 import language_run
+import throughput
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,31 @@ def test_equal_seeds_begin_equal_and_others_do_not(folder, whole):
         1e12,
     )
     assert again["losses"] == found["tiny-hla2-s1-lr0.01-c100-n6"]["losses"]
+
+
+def test_other_seeds_train_at_the_best_rate_alone(whole, folder, tmp_path):
+    (text,) = whole.glob("text-*.npz")
+    more = ("--arms", "first", "--lrs", "1e-4", "1e-2", "--seeds", "3", "4", "--choose", "--text", str(text))
+    for lrs, seeds in (((1e-4,), (3,)), ((1e-4, 1e-2), (3, 4))):  # ended early, then gone on with
+        own = ("--lrs", *map(str, lrs), "--seeds", *map(str, seeds))
+        assert language.main([*flags(folder, tmp_path, *more), *own]) == 0
+    found = {(r["seed"], r["lr"]): r["nats_per_byte"] for r in results(tmp_path).values()}
+    assert found.keys() == {(3, 1e-4), (3, 1e-2), (4, 1e-2)}
+    assert found[3, 1e-2] < found[3, 1e-4]
+
+
+def test_throughput_times_steps_of_each_arm(tmp_path, capsys):
+    path = tmp_path / "times.json"
+    sizes = ["--size", "tiny", "--context", "16", "--tokens", "32", "--steps", "1", "--repeats", "2"]
+    assert throughput.main([*sizes, "--arms", "softmax", "first", "--json", str(path)]) == 0
+    assert throughput.main([*sizes, "--arms", "gdn", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert list(found) == [f"tiny-{arm}-c16" for arm in ("softmax", "first", "gdn")]
+    for r in found.values():
+        assert r["tokens_per_second"] == pytest.approx(32 / r["seconds_per_step"])
+        assert r["parameters"] > 30_000
+    assert "1.00x" in capsys.readouterr().out
+    assert throughput.main([*sizes, "--arms", "nothing"]) == 1
 
 
 def test_workers_give_what_one_process_gives(whole, folder, tmp_path, monkeypatch):

@@ -6,9 +6,10 @@
 
 A run is an arm, a seed, a learning rate and a context. It ends in a JSON file of its own in --out, written
 whole or not at all, so that the same command goes on where it was ended; --bundle puts all of them into one
-file. With --workers N, N processes side by side, each with all runs of an arm and a context: what a device
-compiles for the first serves the others. A run starts only if one as long as the longest so far would still
-end within --minutes, and what runs then is ended. Nothing of the models is saved.
+file. With --choose the first seed is trained at every rate, the others at the best of those alone, for each
+arm and context by itself. With --workers N, N processes side by side, each with all runs of an arm and a
+context: what a device compiles for the first serves the others. A run starts only if one as long as the
+longest so far would still end within --minutes, and what runs then is ended. Nothing of the models is saved.
 
 Every run of a size sees the same text and tokens, at any context as many a step (--tokens), and those of a
 seed and a context the same batches. An arm is a change to the size's ModelConfig: one of the table in
@@ -35,7 +36,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import mlx.core as mx
-from language_run import ARMS, SIZES, Run, arms_of, configure, prepare, take
+from language_run import ARMS, SIZES, Run, arms_of, configure, kept_text, prepare, take
 
 from mlx_hla.errors import InputError
 from mlx_hla.files import read_bytes, write_atomic
@@ -68,11 +69,13 @@ def plan(args: argparse.Namespace) -> list[tuple[Run, dict]]:
 
 def alone(runs: list[tuple[Run, dict]], args: argparse.Namespace, until: float) -> None:
     """One run after another, in this process."""
-    mx.set_cache_limit(4 << 30)  # several processes share a GPU
+    mx.set_cache_limit(2 << 30)  # several processes share a GPU
     text, longest = prepare(args), 0.0
     print(text.about, flush=True)
     for run, arm in runs:
         start = time.time()
+        if args.choose and run.seed != args.seeds[0] and run.lr != best_rate(run, args):
+            continue
         if start + longest > until:
             print(f"{run.key}: no time left", flush=True)
             continue
@@ -85,9 +88,17 @@ def alone(runs: list[tuple[Run, dict]], args: argparse.Namespace, until: float) 
         print(line(run.key, [result]), flush=True)
 
 
+def best_rate(run: Run, args: argparse.Namespace) -> float | None:
+    """The rate at which the first seed of this arm and context ended lowest; None before all have ended."""
+    done = read(Path(args.out))
+    first = [done.get(run._replace(seed=args.seeds[0], lr=lr).key) for lr in args.lrs]
+    losses = {r["lr"]: r["nats_per_byte"] for r in first if r and r["nats_per_byte"] is not None}
+    return min(losses, key=losses.__getitem__) if all(first) and losses else None
+
+
 def side_by_side(runs: list[tuple[Run, dict]], args: argparse.Namespace, until: float) -> None:
     """Up to --workers processes, each with an arm's runs of a context; with --devices, CUDA's by turns."""
-    prepare(args)  # what all of them read
+    text = args.text or str(kept_text(args))  # what all of them read
     groups: dict[tuple[str, int], list[Run]] = {}
     for run, _ in runs:
         groups.setdefault((run.arm, run.context), []).append(run)
@@ -109,7 +120,7 @@ def side_by_side(runs: list[tuple[Run, dict]], args: argparse.Namespace, until: 
                 if args.devices:
                     environment["CUDA_VISIBLE_DEVICES"] = str(place % args.devices)
                 minutes = f"{max(0.001, (until - time.time()) / 60)}"
-                own = ["--workers", "1", "--minutes", minutes]  # the last of a flag counts
+                own = ["--workers", "1", "--minutes", minutes, "--text", text]  # the last of a flag counts
                 own += ["--only", *(run.key for run in group)]
                 command = [sys.executable, __file__, *args.argv, *own]
                 busy[subprocess.Popen(command, env=environment)] = group[0], place
@@ -165,6 +176,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--accumulate", type=int, default=1, help="batches that a step is cut into (default: 1)")
     add("--seeds", nargs="+", type=int, default=[0], help="of weights and batches (default: 0)")
     add("--lrs", nargs="+", type=float, default=[1.5e-3], help="learning rates (default: 1.5e-3)")
+    add("--choose", action="store_true", help="seeds after the first at their arm's best rate alone")
     add("--dropout", type=float, default=0.0, help="rate (default: 0)")
     add("--dtype", default="auto", help="bfloat16, float32 or auto, by the device (default: auto)")
     add("--checkpoint-blocks", action="store_true", help="compute blocks again in the backward pass")
@@ -173,6 +185,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--repeat", type=int, default=1, help="times that --data stands in the training text (default: 1)")
     add("--max-bytes", type=int, help="read no more of --data than this")
     add("--tokenizer", help="a tokenizer.model; by default one is learnt and kept in --out")
+    add("--text", help="text-*.npz of an earlier --out, in the place of all that")
     add("--out", default="runs/language", help="folder of the results (default: runs/language)")
     add("--bundle", help="write all results of --out into this file too")
     add("--minutes", type=float, default=float("inf"), help="end by then (default: no limit)")

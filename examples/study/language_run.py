@@ -38,6 +38,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "mini": {"vocab_size": 1024, "dims": 128, "num_layers": 4, "num_heads": 2, "hidden_dims": 352},
     "small": {},  # the shipped model's: 5.9 million parameters
     "medium": {"vocab_size": 8192, "dims": 512, "num_layers": 12, "num_heads": 8, "hidden_dims": 1408},
+    "large": {"vocab_size": 16384, "dims": 768, "num_layers": 12, "num_heads": 12, "hidden_dims": 2048},
 }
 ARMS: dict[str, dict[str, Any]] = {
     "hla2": {"operator": "hla2"},
@@ -136,7 +137,19 @@ def build(config: ModelConfig, arm: dict[str, Any], seed: int) -> LanguageModel:
 
 
 def prepare(args: argparse.Namespace) -> Text:
-    """The text as tokens: learned and encoded once for --out, and kept there."""
+    """The text as tokens: learned and encoded once for --out, and kept there; or what --text names."""
+    if args.text is not None:
+        return read_text(Path(args.text))
+    return read_text(kept_text(args))
+
+
+def read_text(path: Path) -> Text:
+    with np.load(path, allow_pickle=False) as arrays:
+        return Text(arrays["train"], arrays["valid"], arrays["sizes"], str(arrays["about"]))
+
+
+def kept_text(args: argparse.Namespace) -> Path:
+    """The file in --out that holds the text, written unless it is there."""
     corpus = data.load_corpus(args.data, max_bytes=args.max_bytes, extra=args.extra, repeat=args.repeat)
     vocab = ModelConfig(**SIZES[args.size]).vocab_size
     out = Path(args.out)
@@ -150,10 +163,9 @@ def prepare(args: argparse.Namespace) -> Text:
     kept = out / f"text-{name}.npz"
     if not kept.exists():
         parts = {part: data.encode_texts(tokenizer, getattr(corpus, part)) for part in ("train", "valid")}
+        parts |= {"sizes": data.bytes_per_token(tokenizer), "about": np.array(corpus.describe())}
         write_atomic(kept, lambda file: np.savez(file, **parts))
-    with np.load(kept) as arrays:
-        train, valid = arrays["train"], arrays["valid"]
-    return Text(train, valid, data.bytes_per_token(tokenizer), corpus.describe())
+    return kept
 
 
 # --- one run
