@@ -148,7 +148,7 @@ static inline void __syncthreads() {
 }
 
 // All lanes of a warp show what they have; each may then look at the others', until they meet once more.
-enum Kind { SHUFFLE = 1, PRODUCT };
+enum Kind { SHUFFLE = 1, PRODUCT, TURN };
 
 static float (*meet(Kind kind, const float* shown, int count))[8] {
   Warp& w = warps[current / 32];
@@ -204,6 +204,62 @@ static inline void mma_tf32(F& top, F& bottom, unsigned a0, unsigned a1, unsigne
       (half ? bottom : top).of[e] = sum;
     }
   }
+}
+
+static inline unsigned packed(float first, float second) {
+  return __nv_bfloat16(first).bits | unsigned(__nv_bfloat16(second).bits) << 16;
+}
+
+static inline float unpacked(float both, int place) {
+  const unsigned bits = __float_as_uint(both);
+  return __uint_as_float(place ? bits & 0xffff0000u : bits << 16);
+}
+
+// d (16 x 8) += a (16 x 8) b (8 x 8), bfloat16.
+template <typename F>
+static inline void mma_bf16(F& top, F& bottom, unsigned a0, unsigned a1, unsigned b0) {
+  const unsigned mine[3] = {a0, a1, b0};
+  float shown[3];
+  memcpy(shown, mine, sizeof shown);
+  float(*all)[8] = meet(PRODUCT, shown, 3);
+  const int row = current % 32 / 4, col = current % 4 * 2;
+  for (int half = 0; half < 2; half++) {
+    for (int e = 0; e < 2; e++) {
+      float sum = (half ? bottom : top).of[e];
+      for (int k = 0; k < 8; k++) {
+        const float a = unpacked(all[4 * row + k / 2][half], k % 2), b = unpacked(all[4 * (col + e) + k / 2][2], k % 2);
+        sum = fmaf(a, b, sum);
+      }
+      (half ? bottom : top).of[e] = sum;
+    }
+  }
+}
+
+// The transpose of 8 x 8 halves of which lane i has two neighbours of row i / 4.
+static inline unsigned turned(unsigned mine) {
+  float shown;
+  memcpy(&shown, &mine, sizeof shown);
+  float(*all)[8] = meet(TURN, &shown, 1);
+  const int row = current % 32 / 4, col = current % 4 * 2;
+  unsigned both = 0;
+  for (int e = 0; e < 2; e++) both |= (__float_as_uint(all[4 * (col + e) + row / 2][0]) >> 16 * (row % 2) & 0xffff) << 16 * e;
+  return both;
+}
+
+// Lane i < 8 names row i, which is read when all have met.
+static inline unsigned read_turned(const void* row) {
+  if ((uintptr_t)row % 16) fail("a row of a matrix that is not aligned");
+  float shown[2];
+  memcpy(shown, &row, sizeof shown);
+  float(*all)[8] = meet(TURN, shown, 2);
+  const int g = current % 32 / 4, col = current % 4 * 2;
+  unsigned both = 0;
+  for (int e = 0; e < 2; e++) {
+    const uint16_t* p;
+    memcpy(&p, all[col + e], sizeof p);
+    both |= unsigned(p[g]) << 16 * e;
+  }
+  return both;
 }
 
 static inline void await_copies();
