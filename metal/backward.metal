@@ -31,37 +31,36 @@
 CONSTANT float LOG_TINY = -69.07755f;
 
 // This lane's part of the sum of all products of fragment row r of t and the block at p, which is zero
-// outside rows x cols.
+// outside rows x cols; runs: see in_runs.
 template <int R, int C, typename P>
 FUNC float tile_row_dot(
-    OWN Tile<R, C>& t, int r, P p, int row_step, int col_step, int rows, int cols, Spot at) {
+    OWN Tile<R, C>& t, int r, P p, int row_step, int col_step, bool runs, int rows, int cols, Spot at) {
+  const int row = 8 * r + at.row;
+  const Part<C> mine = part_get(t, r), other = part_read<C>(p + row * row_step, col_step, cols, runs, row < rows, at);
   float sum = 0.0f;
   HLA_UNROLL
-  for (int c = 0; c < C; c++) {
-    int row = 8 * r + at.row, col = 8 * c + at.col;
-    Pair pair = frag_get(t.f[r][c]);
-    if (row < rows && col < cols) sum += pair[0] * static_cast<float>(p[row * row_step + col * col_step]);
-    if (row < rows && col + 1 < cols) sum += pair[1] * static_cast<float>(p[row * row_step + (col + 1) * col_step]);
-  }
+  for (int e = 0; e < 2 * C; e++) sum += mine.of[e] * other.of[e];
   return sum;
 }
 
 // This lane's part of the sum over all rows.
 template <int R, int C, typename P>
 FUNC float tile_dot(OWN Tile<R, C>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
+  const bool runs = in_runs<2 * C>(p, row_step, col_step, cols);
   float sum = 0.0f;
   HLA_UNROLL
-  for (int r = 0; r < R; r++) sum += tile_row_dot(t, r, p, row_step, col_step, rows, cols, at);
+  for (int r = 0; r < R; r++) sum += tile_row_dot(t, r, p, row_step, col_step, runs, rows, cols, at);
   return sum;
 }
 
 // sums[r] = the dot product of row r of both.
 template <int R, int C, typename P>
 FUNC void tile_dot_rows(
-    IN_SHARED float* sums, OWN Tile<R, C>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
+    IN_SHARED float* sums, OWN Tile<R, C>& t, P p, int row_step, int col_step, bool runs, int rows, int cols,
+    Spot at) {
   HLA_UNROLL
   for (int r = 0; r < R; r++) {
-    const float sum = row_sum(tile_row_dot(t, r, p, row_step, col_step, rows, cols, at));
+    const float sum = row_sum(tile_row_dot(t, r, p, row_step, col_step, runs, rows, cols, at));
     if (at.col == 0) sums[8 * r + at.row] = sum;
   }
 }
@@ -84,7 +83,7 @@ FUNC void step_back(
     int ldr, int cols, IN_SHARED const Pair* cum, float power, float scale, Spot at) {
   tile_decay_to_end(out, cum, power, at);
   Tile<R, NC> r;
-  tile_read(r, right, ldr, 1, 8 * R, cols, at);
+  tile_take(r, right, ldr, cols, at);
   tile_mma<R, R, NC, true, true>(out, p, ldp, r, at);  // out += P^T right
   tile_decay_from_start(r, cum, power, scale, at);
   tile_scale(state, decay_since_start(cum[8 * R - 1], power));
@@ -140,8 +139,10 @@ FUNC void step_back(
     tile_zero(out);
     tile_mma<R, K, NC, false, false>(out, ds, LDD, state, at);  // dX = scale b d S^T
     if (DECAY) {
-      tile_dot_rows(reads + launch.simdgroup * W, out, x + x_base + t * x_strides[1] + col0 * x_strides[3],
-                    int(x_strides[1]), int(x_strides[3]), rows, DY - col0, at);
+      const auto xs = x + x_base + t * x_strides[1] + col0 * x_strides[3];
+      const int down = int(x_strides[1]), across = int(x_strides[3]);
+      const bool runs = in_runs<2 * NC>(xs, down, across, DY - col0);
+      tile_dot_rows(reads + launch.simdgroup * W, out, xs, down, across, runs, rows, DY - col0, at);
       if (head % (ho / hs) == 0) {
         const long slot = (long(batch) * hs + shead) * ((total + W - 1) / W) + t / W;
         tile_write<float>(state, borders + slot * (DY * DZ) + col0, DY, 1, DZ, DY - col0, at);
@@ -149,7 +150,7 @@ FUNC void step_back(
     }
     tile_decay_from_start(out, cum, power, scale, at);
     if (SAME) {
-      tile_read(ys, zs + col0, LDZ, 1, W, 8 * K - col0, at);
+      tile_take(ys, zs + col0, LDZ, 8 * K - col0, at);
     } else {
       tile_read(ys, y + y_base + t * y_strides[1] + col0 * y_strides[3], int(y_strides[1]), int(y_strides[3]), rows,
                 DY - col0, at);
@@ -276,7 +277,7 @@ FUNC void step_back(
       }
     } else {
       tile_mma<R, K, NC, false, false>(out, ys, LDY, state, at);  // dZ = (b_W / b) Y G
-      if (DECAY) tile_dot_rows(writes + stripe * W, out, zs + col0, LDZ, 1, W, 8 * K - col0, at);
+      if (DECAY) tile_dot_rows(writes + stripe * W, out, zs + col0, LDZ, 1, true, W, 8 * K - col0, at);
     }
     sync_threadgroup();
     if (of_y) {  // dY += ms^T X;  G^T = b_W G^T + scale D^T b X
@@ -315,7 +316,7 @@ FUNC void step_back(
     sync_threadgroup();
     if (SAME) {  // the tiles are done with: their room takes dz's part over to dy's simdgroups
       IN_SHARED float* parts = room + col0;
-      if (!of_y) tile_write<float>(out, parts, LDS, 1, W, 8 * K - col0, at);
+      if (!of_y) tile_put(out, parts, LDS, 8 * K - col0, at);
       sync_threadgroup();
       if (of_y) {
         tile_add(out, parts, LDS, 8 * K - col0, 1.0f, at);

@@ -32,10 +32,10 @@ FUNC void walk_keys(
   tile_mma<R, K, NC, false, false>(out, qs, LD, s, at);  // K~ = scale b Q S
   tile_decay_from_start(out, cum, 1.0f, scale, at);
   tile_add(out, qs + col0, LD, 8 * K - col0, scale * ridge, at);  // K~ += scale ridge Q
-  tile_read(right, ks + col0, LD, 1, W, 8 * K - col0, at);
+  tile_take(right, ks + col0, LD, 8 * K - col0, at);
   sync_threadgroup();
   tile_mma<R, R, NC, false, true>(out, ps, LDP, right, at);  // K~ += P K
-  tile_write<float>(out, kts + col0, LDK, 1, W, 8 * K - col0, at);
+  tile_put(out, kts + col0, LDK, 8 * K - col0, at);
   tile_decay_to_end(right, cum, 1.0f, at);
   tile_scale(s, decay_since_start(cum[W - 1], 1.0f));
   tile_mma<K, R, NC, true, false>(s, ks, LD, right, at);  // S = b_W S + K^T (b_W / b) K

@@ -18,6 +18,7 @@
 // Threads: 32 per stripe of 8 NC columns of z, NS = ceil(DZ / (8 NC)) stripes. Registers of a thread in tiles, at
 // NC = 2: the state 4 K, two tiles of a chunk W / 2 each: 96 at D = 128, W = 32 (plan.REGISTERS).
 // Mirrors mlx_hla.ops.primitive.
+//# uses: chunks
 
 // The tokens of one block.
 struct Walk {
@@ -70,7 +71,7 @@ FUNC Walk block_walk(int block, int length, int total) {
     sync_threadgroup();
     Tile<R, NC> zs;
     if (SAME) {
-      tile_read(zs, ys + col0, LD, 1, W, 8 * K - col0, at);
+      tile_take_upper(zs, ys + col0, LD, 8 * K - col0, at);
     } else {
       tile_read(zs, z + z_base + t * z_strides[1], int(z_strides[1]), int(z_strides[3]), rows,
                 DZ - col0, at);

@@ -1,6 +1,6 @@
-// What stands in the place of three sections of tiles.metal on an NVIDIA GPU: the words that the rest is written in,
-// for warps of 32 lanes; the products, on tensor cores; and staging, by copies that wait for nobody. Compiled by NVRTC
-// as `mx.fast.cuda_kernel` hands it over. Compute capability 8.0 or later.
+// What stands in the place of two sections of tiles.metal on an NVIDIA GPU: the words that the rest is written in,
+// for warps of 32 lanes, and the products, on tensor cores. What is staged comes by copies that wait for nobody.
+// Compiled by NVRTC as `mx.fast.cuda_kernel` hands it over. Compute capability 8.0 or later.
 //
 // An instruction multiplies 16 x 8 by 8 x 8 numbers and adds in float32. They are TF32, which is float32 with a mantissa
 // of 11 bits: half types are exact in it, and a float32 operand goes in as two numbers, its first 11 bits and the rest,
@@ -53,6 +53,22 @@ struct Launch {
 struct Frag {
   float of[2];
 };
+
+template <typename T, int N>
+struct alignas(N * sizeof(T)) Run {
+  T of[N];
+
+  FUNC T& operator[](int i) { return of[i]; }
+  FUNC const T& operator[](int i) const { return of[i]; }
+};
+
+template <int N, typename T>
+FUNC Run<T, N> run_read(const T* p) { return *reinterpret_cast<const Run<T, N>*>(p); }
+
+template <typename T, int N>
+FUNC void run_write(T* p, Run<T, N> run) { *reinterpret_cast<Run<T, N>*>(p) = run; }
+
+FUNC bool at_multiple(const void* p, int bytes) { return (reinterpret_cast<unsigned long long>(p) & (bytes - 1)) == 0; }
 
 // 16 bytes to shared memory, zeros if not `there`; to be read after the next barrier.
 FUNC void copy_sixteen(void* to, const void* from, bool there) {
@@ -140,14 +156,6 @@ FUNC float col_sum(float x) {
 //     places_read, places_of     from shared memory, and from a fragment
 //     places_mma                 the instructions
 
-template <typename T>
-struct alignas(2 * sizeof(T)) Neighbours {
-  T left, right;
-};
-
-template <typename T>
-FUNC Neighbours<T> neighbours(const T* p) { return *reinterpret_cast<const Neighbours<T>*>(p); }
-
 #ifdef HLA_ROUNDED
 
 CONSTANT bool ROUNDED = true;
@@ -213,8 +221,8 @@ FUNC Places<EXACT> places_read(const T* p, int ld, Spot at) {
     p += at.col * ld + at.row;
     return places<EXACT>(static_cast<float>(p[0]), static_cast<float>(p[ld]));
   }
-  const auto both = neighbours(p + at.row * ld + at.col);
-  return places<EXACT>(static_cast<float>(both.left), static_cast<float>(both.right));
+  const auto both = run_read<2>(p + at.row * ld + at.col);
+  return places<EXACT>(static_cast<float>(both[0]), static_cast<float>(both[1]));
 }
 
 template <bool EXACT, bool PAIRS, bool TURNED>
@@ -301,8 +309,8 @@ FUNC Places<EXACT> places_read(P p, int ld, Spot at) {
     return places<EXACT>(static_cast<float>(p[0]), static_cast<float>(p[ld]));
   }
   if (PAIRS) {
-    const auto both = neighbours(p + at.row * ld + at.col);
-    return places<EXACT>(static_cast<float>(both.left), static_cast<float>(both.right));
+    const auto both = run_read<2>(p + at.row * ld + at.col);
+    return places<EXACT>(static_cast<float>(both[0]), static_cast<float>(both[1]));
   }
   p += at.row * ld + at.col / 2;
   return places<EXACT>(static_cast<float>(p[0]), static_cast<float>(p[4]));
@@ -399,26 +407,4 @@ FUNC void block_mma(Frag& c, PX x, int ldx, PY y, int ldy, Spot at) {
     places_mma(k % 2 ? odd : c, none, left, no_places<A>(), right);
   }
   frag_set(c, c.of[0] + odd.of[0], c.of[1] + odd.of[1]);
-}
-
-// ---- Staging -------------------------------------------------------------------------------------
-
-FUNC bool by_sixteen(const void* p, int bytes) {
-  return (reinterpret_cast<unsigned long long>(p) | static_cast<unsigned>(bytes)) % 16 == 0;
-}
-
-template <int W, int WIDTH, typename T, typename P>
-FUNC void stage(T* dst, int ld, P src, int row_step, int col_step, int rows, int cols, Launch launch) {
-  constexpr int N = 16 / sizeof(T), PARTS = WIDTH / N;
-  if (col_step == 1 && cols == WIDTH && by_sixteen(src, row_step * int(sizeof(T)))) {
-    for (int i = launch.index; i < W * PARTS; i += launch.threads) {
-      const int r = i / PARTS, c = i % PARTS * N;
-      copy_sixteen(dst + r * ld + c, src + (r < rows ? r * row_step + c : 0), r < rows);
-    }
-  } else {
-    for (int i = launch.index; i < W * WIDTH; i += launch.threads) {
-      const int r = i / WIDTH, c = i % WIDTH;
-      dst[r * ld + c] = r < rows && c < cols ? src[r * row_step + c * col_step] : static_cast<T>(0.0f);
-    }
-  }
 }

@@ -1,10 +1,9 @@
 // Tiles: everything that is Metal's own, behind a few words, and the matrix products made of them.
 //
-// A kernel body speaks of tiles (8R x 8C floats spread over one simdgroup as 8x8 fragments), of arrays that
-// the threadgroup shares, and of the decay inside one chunk of W tokens. It names no address space, no barrier's
-// flag, no attribute of the launch: those stand in the first section only, and tests/test_metal_sources.py
-// holds all files to it. To run the bodies on another GPU, replace the first section: tiles.cuh does that for CUDA, and
-// has products and staging of its own.
+// A kernel body speaks of tiles (8R x 8C floats spread over one simdgroup as 8x8 fragments) and of arrays that
+// the threadgroup shares. It names no address space, no barrier's flag, no attribute of the launch: those stand in
+// the first section only, and tests/test_metal_sources.py holds all files to it. To run the bodies on another GPU,
+// replace the first section: tiles.cuh does that for CUDA, and has products of its own.
 //
 // Layout of a product: the threadgroup's simdgroups divide the columns of the result. Simdgroup s owns
 // the stripe of 8C columns from 8C s on, of the state, of the output and of the right operand, all in
@@ -15,10 +14,11 @@
 //
 //     FUNC                a function
 //     CONSTANT float X    a constant of the program
-//     SHARED float a[n]   an array of the threadgroup, in a body
+//     SHARED float a[n]   an array of the threadgroup, in a body, at a multiple of 16 bytes
 //     IN_SHARED float* p  a pointer to its elements
 //     OWN Frag& f         a reference to what a thread has in registers
 //     Pair                two floats, [0] and [1]
+//     Run<T, N>           2 or 4 neighbours in memory, [0] to [N - 1]: one load or store, at a multiple of their size
 //     launch              which thread of which threadgroup this is, in every body; `at` is its lane's Spot
 
 #include <metal_simdgroup>
@@ -27,7 +27,7 @@ using namespace metal;
 
 #define FUNC METAL_FUNC
 #define CONSTANT constant constexpr
-#define SHARED threadgroup
+#define SHARED alignas(16) threadgroup
 #define IN_SHARED threadgroup
 #define OWN thread
 #define Pair float2
@@ -51,6 +51,30 @@ struct Launch {
 //# end
 
 typedef simdgroup_matrix<float, 8, 8> Frag;
+
+template <typename T, int N>
+using Run = vec<T, N>;
+
+template <int N, typename T>
+FUNC Run<T, N> run_read(const device T* p) { return *reinterpret_cast<const device Run<T, N>*>(p); }
+
+template <int N, typename T>
+FUNC Run<T, N> run_read(const threadgroup T* p) { return *reinterpret_cast<const threadgroup Run<T, N>*>(p); }
+
+template <typename T, int N>
+FUNC void run_write(device T* p, Run<T, N> run) { *reinterpret_cast<device Run<T, N>*>(p) = run; }
+
+template <typename T, int N>
+FUNC void run_write(threadgroup T* p, Run<T, N> run) { *reinterpret_cast<threadgroup Run<T, N>*>(p) = run; }
+
+FUNC bool at_multiple(const device void* p, int bytes) { return (reinterpret_cast<ulong>(p) & (bytes - 1)) == 0; }
+
+// 16 bytes to threadgroup memory, zeros if not `there`; both at multiples of 16.
+FUNC void copy_sixteen(threadgroup void* to, const device void* from, bool there) {
+  uint4 bytes = uint4(0u);
+  if (there) bytes = *static_cast<const device uint4*>(from);
+  *static_cast<threadgroup uint4*>(to) = bytes;
+}
 
 FUNC void fence_loads() { simdgroup_barrier(mem_flags::mem_none); }
 
@@ -114,7 +138,8 @@ FUNC Frag frag_read(P p, int ld, Spot at) {
   if (TURNED) {
     frag_set(f, static_cast<float>(p[at.col * ld + at.row]), static_cast<float>(p[(at.col + 1) * ld + at.row]));
   } else {
-    frag_set(f, static_cast<float>(p[at.row * ld + at.col]), static_cast<float>(p[at.row * ld + at.col + 1]));
+    const auto run = run_read<2>(p + at.row * ld + at.col);
+    frag_set(f, static_cast<float>(run[0]), static_cast<float>(run[1]));
   }
   return f;
 }
@@ -135,33 +160,130 @@ FUNC void tile_zero(OWN Tile<R, C>& t) {
   }
 }
 
+// Of a row of a tile a lane holds 2C neighbours, the columns from C at.col on; two of them in each fragment. Which
+// columns of its stripe a fragment has is nobody's business but that of tile_mma_upper, see there.
+template <int C>
+struct Part {
+  float of[2 * C];
+};
+
+template <int R, int C>
+FUNC Part<C> part_get(OWN Tile<R, C>& t, int r) {
+  Part<C> part;
+  HLA_UNROLL
+  for (int c = 0; c < C; c++) {
+    Pair pair = frag_get(t.f[r][c]);
+    part.of[2 * c] = pair[0];
+    part.of[2 * c + 1] = pair[1];
+  }
+  return part;
+}
+
+template <int R, int C>
+FUNC void part_set(OWN Tile<R, C>& t, int r, Part<C> part) {
+  HLA_UNROLL
+  for (int c = 0; c < C; c++) frag_set(t.f[r][c], part.of[2 * c], part.of[2 * c + 1]);
+}
+
+// Whether the rows of a block at p consist of runs that one load or store moves; the same for all lanes.
+template <int N, typename P>
+FUNC bool in_runs(P p, int row_step, int col_step, int cols) {
+  return col_step == 1 && ((cols | row_step) & (N - 1)) == 0 && at_multiple(p, N * sizeof(*p));
+}
+
+// A lane's part of the row at p, zero from column `cols` on and if not `there`.
+template <int C, typename P>
+FUNC Part<C> part_read(P p, int col_step, int cols, bool runs, bool there, Spot at) {
+  constexpr int N = 2 * C;
+  const int col = C * at.col;
+  Part<C> part;
+  HLA_UNROLL
+  for (int e = 0; e < N; e++) part.of[e] = 0.0f;
+  if (runs) {
+    if (there && col < cols) {
+      const auto run = run_read<N>(p + col);
+      HLA_UNROLL
+      for (int e = 0; e < N; e++) part.of[e] = static_cast<float>(run[e]);
+    }
+  } else {
+    HLA_UNROLL
+    for (int e = 0; e < N; e++) {
+      if (there && col + e < cols) part.of[e] = static_cast<float>(p[(col + e) * col_step]);
+    }
+  }
+  return part;
+}
+
 // t = the block at p, element (r, c) at p[r row_step + c col_step], zero from row `rows`, column `cols` on.
 template <int R, int C, typename P>
 FUNC void tile_read(OWN Tile<R, C>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
+  const bool runs = in_runs<2 * C>(p, row_step, col_step, cols);
   HLA_UNROLL
   for (int r = 0; r < R; r++) {
-    HLA_UNROLL
-    for (int c = 0; c < C; c++) {
-      int row = 8 * r + at.row, col = 8 * c + at.col;
-      float left = 0.0f, right = 0.0f;
-      if (row < rows && col < cols) left = static_cast<float>(p[row * row_step + col * col_step]);
-      if (row < rows && col + 1 < cols) right = static_cast<float>(p[row * row_step + (col + 1) * col_step]);
-      frag_set(t.f[r][c], left, right);
-    }
+    const int row = 8 * r + at.row;
+    part_set(t, r, part_read<C>(p + row * row_step, col_step, cols, runs, row < rows, at));
   }
 }
 
 // The inverse of tile_read.
 template <typename T, int R, int C, typename P>
 FUNC void tile_write(OWN Tile<R, C>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
+  constexpr int N = 2 * C;
+  const bool runs = in_runs<N>(p, row_step, col_step, cols);
   HLA_UNROLL
   for (int r = 0; r < R; r++) {
-    HLA_UNROLL
-    for (int c = 0; c < C; c++) {
-      int row = 8 * r + at.row, col = 8 * c + at.col;
-      Pair pair = frag_get(t.f[r][c]);
-      if (row < rows && col < cols) p[row * row_step + col * col_step] = static_cast<T>(pair[0]);
-      if (row < rows && col + 1 < cols) p[row * row_step + (col + 1) * col_step] = static_cast<T>(pair[1]);
+    const int row = 8 * r + at.row, col = C * at.col;
+    const Part<C> part = part_get(t, r);
+    if (row < rows && runs && col < cols) {
+      Run<T, N> run;
+      HLA_UNROLL
+      for (int e = 0; e < N; e++) run[e] = static_cast<T>(part.of[e]);
+      run_write(p + row * row_step + col, run);
+    } else if (row < rows && !runs) {
+      HLA_UNROLL
+      for (int e = 0; e < N; e++) {
+        if (col + e < cols) p[row * row_step + (col + e) * col_step] = static_cast<T>(part.of[e]);
+      }
+    }
+  }
+}
+
+// The same in threadgroup memory, where all rows count and `cols` and ld are multiples of 4: t += by (the block at
+// p), nothing from column `cols` on.
+template <int R, int C, typename P>
+FUNC void tile_add(OWN Tile<R, C>& t, P p, int ld, int cols, float by, Spot at) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    if (C * at.col < cols) {
+      const auto run = run_read<2 * C>(p + (8 * r + at.row) * ld + C * at.col);
+      Part<C> part = part_get(t, r);
+      HLA_UNROLL
+      for (int e = 0; e < 2 * C; e++) part.of[e] += by * static_cast<float>(run[e]);
+      part_set(t, r, part);
+    }
+  }
+}
+
+// t = that block.
+template <int R, int C, typename P>
+FUNC void tile_take(OWN Tile<R, C>& t, P p, int ld, int cols, Spot at) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    part_set(t, r, part_read<C>(p + (8 * r + at.row) * ld, 1, cols, true, true, at));
+  }
+}
+
+// That block = t.
+template <int R, int C>
+FUNC void tile_put(OWN Tile<R, C>& t, IN_SHARED float* p, int ld, int cols, Spot at) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    const Part<C> part = part_get(t, r);
+    if (C * at.col < cols) {
+      Run<float, 2 * C> run;
+      HLA_UNROLL
+      for (int e = 0; e < 2 * C; e++) run[e] = part.of[e];
+      run_write(p + (8 * r + at.row) * ld + C * at.col, run);
     }
   }
 }
@@ -175,23 +297,6 @@ FUNC void tile_scale(OWN Tile<R, C>& t, float by) {
   }
 }
 
-// t += by (the block at p in threadgroup memory), nothing from column `cols` on.
-template <int R, int C, typename P>
-FUNC void tile_add(OWN Tile<R, C>& t, P p, int ld, int cols, float by, Spot at) {
-  HLA_UNROLL
-  for (int r = 0; r < R; r++) {
-    HLA_UNROLL
-    for (int c = 0; c < C; c++) {
-      int row = 8 * r + at.row, col = 8 * c + at.col;
-      if (col < cols) {
-        Pair pair = frag_get(t.f[r][c]);
-        float left = static_cast<float>(p[row * ld + col]), right = static_cast<float>(p[row * ld + col + 1]);
-        frag_set(t.f[r][c], pair[0] + by * left, pair[1] + by * right);
-      }
-    }
-  }
-}
-
 template <int R, int C>
 FUNC void tile_sum(OWN Tile<R, C>& t, OWN Tile<R, C>& other) {
   HLA_UNROLL
@@ -200,26 +305,6 @@ FUNC void tile_sum(OWN Tile<R, C>& t, OWN Tile<R, C>& other) {
     for (int c = 0; c < C; c++) {
       Pair sum = frag_get(t.f[r][c]) + frag_get(other.f[r][c]);
       frag_set(t.f[r][c], sum[0], sum[1]);
-    }
-  }
-}
-
-// Write what tile_mma_upper made, and its mirror image, to a size x size matrix at p.
-template <int R, int C, typename P>
-FUNC void tile_write_symmetric(OWN Tile<R, C>& t, P p, int size, int col0, Spot at) {
-  HLA_UNROLL
-  for (int r = 0; r < R; r++) {
-    HLA_UNROLL
-    for (int c = 0; c < C; c++) {
-      int row = 8 * r + at.row, col = col0 + 8 * c + at.col, diagonal = col0 + 8 * c - 8 * r;
-      Pair pair = frag_get(t.f[r][c]);
-      HLA_UNROLL
-      for (int e = 0; e < 2; e++) {
-        if (diagonal >= 0 && row < size && col + e < size) {
-          p[row * size + col + e] = pair[e];
-          if (diagonal > 0) p[(col + e) * size + row] = pair[e];
-        }
-      }
     }
   }
 }
@@ -247,8 +332,8 @@ FUNC void tile_mma(OWN Tile<R, C>& c, P a, int ld, OWN Tile<K, C>& b, Spot at) {
   }
 }
 
-// The same for c += A^T b where the result is symmetric and c its columns from block `col` on: the blocks
-// below the diagonal are left out.
+// The same for c += A^T b where the result is symmetric and c its columns from block `col` on, a block to a fragment:
+// those below the diagonal are left out.
 template <int R, int K, int C, typename P>
 FUNC void tile_mma_upper(OWN Tile<R, C>& c, P a, int ld, OWN Tile<K, C>& b, int col, Spot at) {
   HLA_UNROLL
@@ -280,107 +365,4 @@ FUNC void block_mma(OWN Frag& c, PX x, int ldx, PY y, int ldy, Spot at) {
   }
   const Pair sum = frag_get(c) + frag_get(odd);
   frag_set(c, sum[0], sum[1]);
-}
-
-// ---- The decay inside a chunk --------------------------------------------------------------------
-//
-// cum[r] holds log g_0 + .. + log g_r of the chunk's tokens in two parts: each log is split into a
-// multiple of 2^-10, whose sums float32 holds exactly, and a rest below 2^-11. So a difference of two
-// sums has no cancellation, and D_ij = exp(cum_i - cum_j) is exact to rounding. log 0 counts as -128,
-// whose exponential is 0 in float32: an exact zero in the decay resets the state to exact zeros. A NaN stays
-// one: so is everything that it decays, as in a step.
-
-CONSTANT float LOG_ZERO = -128.0f;
-
-// One simdgroup, its lane holding the decay of token `lane` (1 beyond the chunk).
-FUNC void decay_sums(IN_SHARED Pair* cum, int width, float g, float log_least, int lane) {
-  float l = log(g);
-  if (g <= 0.0f || l < log_least) l = log_least;  // not max, which drops a NaN
-  float hi = rint(l * 1024.0f) * (1.0f / 1024.0f);
-  Pair sum = Pair(lanes_cumsum(hi), lanes_cumsum(l - hi));
-  if (lane < width) cum[lane] = sum;
-}
-
-// The sums of a chunk of W <= 32 tokens by the first simdgroup, to be read after the next barrier. g is the decay of
-// the chunk's first token, that of the next lies `step` on.
-template <int W, typename P>
-FUNC void stage_decay(IN_SHARED Pair* cum, P g, long step, int rows, Launch launch) {
-  if (launch.simdgroup == 0) {
-    const float decay = launch.lane < rows ? g[launch.lane * step] : 1.0f;
-    decay_sums(cum, W, decay, LOG_ZERO, launch.lane);
-  }
-}
-
-// (product of g over the tokens after `from` up to `to`)^power
-FUNC float decay_between(Pair to, Pair from, float power) {
-  return exp(power * ((to[0] - from[0]) + (to[1] - from[1])));
-}
-
-FUNC float decay_since_start(Pair to, float power) { return exp(power * (to[0] + to[1])); }
-
-// Row r of t times (decay from token r to the chunk's end)^power.
-template <int R, int C>
-FUNC void tile_decay_to_end(OWN Tile<R, C>& t, IN_SHARED const Pair* cum, float power, Spot at) {
-  HLA_UNROLL
-  for (int r = 0; r < R; r++) {
-    float by = decay_between(cum[8 * R - 1], cum[8 * r + at.row], power);
-    HLA_UNROLL
-    for (int c = 0; c < C; c++) frag_scale(t.f[r][c], by);
-  }
-}
-
-// Row r of t times scale (decay from the chunk's start through token r)^power.
-template <int R, int C>
-FUNC void tile_decay_from_start(
-    OWN Tile<R, C>& t, IN_SHARED const Pair* cum, float power, float scale, Spot at) {
-  HLA_UNROLL
-  for (int r = 0; r < R; r++) {
-    float by = scale * decay_since_start(cum[8 * r + at.row], power);
-    HLA_UNROLL
-    for (int c = 0; c < C; c++) frag_scale(t.f[r][c], by);
-  }
-}
-
-// ---- Scores --------------------------------------------------------------------------------------
-
-// The n-th block of a lower triangle, row by row.
-FUNC Spot triangle_block(int n) {
-  Spot block;
-  block.row = 0;
-  while (n > block.row) n -= ++block.row;
-  block.col = n;
-  return block;
-}
-
-// p = scale D^power (x y^T) on and below the diagonal of the W x W chunk, zero above it inside the
-// diagonal blocks (the blocks above are neither written nor read). x and y in threadgroup memory,
-// W rows of 8K. The blocks are dealt out to the simdgroups in turn.
-template <int W, int K, typename PX, typename PY>
-FUNC void scores(
-    IN_SHARED float* p, int ldp, PX x, int ldx, PY y, int ldy, IN_SHARED const Pair* cum, float power,
-    float scale, Launch launch, Spot at) {
-  constexpr int B = W / 8;
-  for (int n = launch.simdgroup; n < B * (B + 1) / 2; n += launch.threads / 32) {
-    const Spot ij = triangle_block(n);
-    Frag s = frag_zero();
-    block_mma<K>(s, x + 8 * ij.row * ldx, ldx, y + 8 * ij.col * ldy, ldy, at);
-    int row = 8 * ij.row + at.row, col = 8 * ij.col + at.col;
-    Pair pair = frag_get(s);
-    Pair to = cum[row];
-    float left = col <= row ? scale * pair[0] * decay_between(to, cum[col], power) : 0.0f;
-    float right = col + 1 <= row ? scale * pair[1] * decay_between(to, cum[col + 1], power) : 0.0f;
-    p[row * ldp + col] = left;
-    p[row * ldp + col + 1] = right;
-  }
-}
-
-// ---- Staging -------------------------------------------------------------------------------------
-
-// dst (W rows of WIDTH, leading dimension ld) = rows 0..rows of src, zero outside rows x cols.
-template <int W, int WIDTH, typename T, typename P>
-FUNC void stage(IN_SHARED T* dst, int ld, P src, int row_step, int col_step, int rows, int cols, Launch launch) {
-  for (int i = launch.index; i < W * WIDTH; i += launch.threads) {
-    int r = i / WIDTH, c = i % WIDTH;
-    dst[r * ld + c] = r < rows && c < cols ? src[r * row_step + c * col_step] : static_cast<T>(0.0f);
-  }
 }

@@ -170,7 +170,7 @@ def test_the_bodies_are_one_text():
 def test_the_sections_of_cuda():
     """Each takes the place of one of tiles.metal, and defines what that defines for others."""
     own = source.sections((source.folder() / gpu.CUDA.words).read_text(encoding="ascii"))
-    assert list(own) == ["", "What a GPU has of its own", "Products", "Staging"]
+    assert list(own) == ["", "What a GPU has of its own", "Products"]
     text = source.text_of(source.HELPERS, gpu.CUDA)
     found = re.findall(r"\b(?:simd|simdgroup|threadgroup|metal)_\w+|\[\[|using namespace|METAL_\w+", text)
     assert not found

@@ -52,6 +52,45 @@ def test_second_order(monkeypatch, schedule, launches, traffic):
     assert c.matrix_macs <= (1.1 if schedule == "walk" else 1.3) * least
 
 
+def placed(x, start, spare):
+    """x's numbers in rows that are `spare` longer, from `start` on."""
+    wide = mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(start, spare - start)])
+    mx.eval(wide)
+    return wide[..., start : start + x.shape[-1]]
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=["f16", "bf16", "f32"])
+def test_rows_that_lie_together_are_loaded_in_runs(monkeypatch, dtype):
+    """16 bytes a load to threadgroup memory, 4 elements to a tile: wherever these addresses are aligned."""
+    metal.install(monkeypatch)
+    use_schedule(monkeypatch, "walk")
+    T, H, D = 64, 2, 32
+    *qkv, g = inputs(T, H, D, dtype)
+
+    def outcome(start, spare):
+        arrays = [placed(x, start, spare) for x in qkv] if spare else qkv
+        with metal.counters() as c:
+            o, _ = sequence("first", *arrays, g)
+            mx.eval(o)
+        assert c.copies == 0
+        return o, c.device_loads, c.device_stores
+
+    o, loads, stores = outcome(0, 0)
+    staged, stripes = 2 * T * H * D * dtype.size / 16, T * H * D / 4
+    states = H * D * D / 4
+    assert stores == stripes + states
+    rest = loads - staged - stripes - states  # the decay, shapes, strides and numbers
+    assert 0 < rest < 64 * H * 64
+    for start, spare, whole in ((0, 8, True), (8, 16, True), (1, 8, False), (2, 8, False), (0, 1, False)):
+        again, more, same = outcome(start, spare)
+        assert mx.array_equal(again, o)
+        assert same == stores
+        if whole:
+            assert more == loads
+        else:  # element by element: some rows, or all
+            assert more - loads > 0.5 * (2 * T * H * D - staged)
+
+
 @pytest.mark.parametrize(("family", "passes"), [("first", 1), ("ahla", 2), ("hla3", 3)])
 def test_passes(monkeypatch, family, passes):
     """A pass reads x, y, z once and writes o once."""

@@ -129,10 +129,10 @@ def _header(file: str, device: GPU) -> str:
 
 @cache
 def sources(file: str, device: GPU = METAL) -> dict[str, Source]:
-    """The kernels of metal/<file>.metal by name."""
+    """The kernels of metal/<file>.metal by name; none of a file that others use."""
     _, before, text = _parts(file, device)
     found = list(_KERNEL.finditer(text))
-    ends = [m.start() for m in found[1:]] + [len(text)]
+    ends = [*(m.start() for m in found[1:]), len(text)][: len(found)]
     return {
         m["name"]: Source(
             m["name"],

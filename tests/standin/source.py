@@ -97,9 +97,10 @@ def _split(declarators):
 
 def _without_words(text):
     """`threadgroup` for words that the source defines as it: arrays are found before macros are expanded."""
-    define = r"(?m)^[ \t]*#[ \t]*define[ \t]+(\w+)[ \t]+threadgroup[ \t]*$"
-    words = "|".join(re.findall(define, text))
-    return re.sub(rf"\b(?:{words})\b", "threadgroup", re.sub(define, "", text)) if words else text
+    define = r"(?m)^[ \t]*#[ \t]*define[ \t]+(\w+)[ \t]+((?:alignas\(\d+\) )?threadgroup)[ \t]*$"
+    words = dict(re.findall(define, text))
+    text = re.sub(define, "", text)
+    return re.sub(rf"\b(?:{'|'.join(words)})\b", lambda m: words[m[0]], text) if words else text
 
 
 def _rewrite_arrays(text, kernel_start):
@@ -108,11 +109,11 @@ def _rewrite_arrays(text, kernel_start):
 
     def replace(m):
         nonlocal count
-        body = m.group(2)
+        body = m.group(3)
         plain = re.sub(r"\[[^\]]*\]|<[^;]*>", "", body)
         if re.search(r"[*&]", plain.split("=")[0]):  # a pointer or a reference
             return m.group(0)
-        line = text[: m.start(2)].count("\n") + 1
+        line = text[: m.start(3)].count("\n") + 1
         if m.start() < kernel_start:
             raise MetalCompileError(
                 f"kernel.metal:{line}: threadgroup memory is declared in kernel functions only"
@@ -126,11 +127,12 @@ def _rewrite_arrays(text, kernel_start):
         for item in [m2.group(2) + m2.group(3), *rest]:
             name, size = re.match(r"(?s)\s*(\w+)\s*(.*?)\s*$", item).groups()
             size = size.replace("\n", " ")
-            out.append(f"MSL_ARRAY({count}, {name}, {size}, {kind})")
+            out.append(f"MSL_ARRAY({count}, {name}, {size}, {m.group(2) or 1}, {kind})")
             count += 1
         return m.group(1) + "; ".join(out) + ";" + "\n" * body.count("\n")
 
-    return re.sub(r"(?<=[;{}])(\s*)threadgroup\s+([^;(){}]*(?:\([^;(){}]*\)[^;(){}]*)*);", replace, text)
+    align, declared = r"(?:alignas\((\d+)\)\s+)?", r"([^;(){}]*(?:\([^;(){}]*\)[^;(){}]*)*)"
+    return re.sub(rf"(?<=[;{{}}])(\s*){align}threadgroup\s+{declared};", replace, text)
 
 
 def prepare(metal):

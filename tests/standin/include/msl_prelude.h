@@ -28,14 +28,16 @@ inline T ceildiv(T n, U m) {
 #define MLX_MTL_PRAGMA_UNROLL _Pragma("clang loop unroll(full)")
 #define MLX_MTL_LOOP_UNROLL _Pragma("clang loop unroll(full)")
 
-// A function of the kernel's file in which `threadgroup T a[n], b[m];` has become MSL_ARRAY(id, a, [n], T); ...
+// A function of the kernel's file in which `threadgroup T a[n], b[m];` has become MSL_ARRAY(id, a, [n], 1, T); ...
+// What alignas says stands in the place of the 1.
 template <class T> struct msl_element { using type = T; };
 template <class T, int N> struct msl_element<T[N]> : msl_element<T> {};
 template <class T, int N> struct msl_element<threadgroup T[N]> : msl_element<T> {};
-#define MSL_ARRAY(id, name, size, ...)                                                                          \
+#define MSL_ARRAY(id, name, size, align, ...)                                                                   \
   typedef __VA_ARGS__ name##_stored size;                                                                       \
   threadgroup name##_stored& name = *(threadgroup name##_stored*)msl_threadgroup(                               \
-      id, sizeof(name##_stored), alignof(name##_stored), sizeof(typename msl_element<name##_stored>::type), __LINE__)
+      id, sizeof(name##_stored), align > alignof(name##_stored) ? align : alignof(name##_stored),               \
+      sizeof(typename msl_element<name##_stored>::type), __LINE__)
 
 // Must agree with runtime.h's Position; the wrapper that source.py appends unpacks it.
 struct msl_position {

@@ -325,8 +325,9 @@ EXPORT void* msl_threadgroup(u32 id, u64 size, u32 align, u32 element, u32 line)
     if (total > THREADGROUP_LIMIT)
       fail(line << 10, "%lu bytes of threadgroup memory; %lu are all there is", total, (u64)THREADGROUP_LIMIT);
     counts.threadgroup_bytes = total;
-    const u64 a = align < 16 ? 16 : align;
-    d = Decl{(end + RED_ZONE + a - 1) / a * a, size, element < 4 ? element : 4, line, 1};
+    // At a multiple of what it is aligned to, and of no more than that.
+    const u64 a = 2 * align, offset = (end + RED_ZONE + a - 1) / a * a + align;
+    d = Decl{offset, size, element < 4 ? element : 4, line, 1};
     for (u64 o = d.offset / RED_ZONE; o * RED_ZONE < d.offset + size; o++) decl_of[o] = &d;
     memset(arena + d.offset, 0xff, size);
   }

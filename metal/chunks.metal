@@ -1,0 +1,175 @@
+// A chunk of W tokens: the decay inside it, scores of its tokens, how it comes to threadgroup memory; and what is
+// symmetric in what it adds to a state.
+
+// ---- The decay inside a chunk --------------------------------------------------------------------
+//
+// cum[r] holds log g_0 + .. + log g_r of the chunk's tokens in two parts: each log is split into a
+// multiple of 2^-10, whose sums float32 holds exactly, and a rest below 2^-11. So a difference of two
+// sums has no cancellation, and D_ij = exp(cum_i - cum_j) is exact to rounding. log 0 counts as -128,
+// whose exponential is 0 in float32: an exact zero in the decay resets the state to exact zeros. A NaN stays
+// one: so is everything that it decays, as in a step.
+
+CONSTANT float LOG_ZERO = -128.0f;
+
+// One simdgroup, its lane holding the decay of token `lane` (1 beyond the chunk).
+FUNC void decay_sums(IN_SHARED Pair* cum, int width, float g, float log_least, int lane) {
+  float l = log(g);
+  if (g <= 0.0f || l < log_least) l = log_least;  // not max, which drops a NaN
+  float hi = rint(l * 1024.0f) * (1.0f / 1024.0f);
+  Pair sum = Pair(lanes_cumsum(hi), lanes_cumsum(l - hi));
+  if (lane < width) cum[lane] = sum;
+}
+
+// The sums of a chunk of W <= 32 tokens by the first simdgroup, to be read after the next barrier. g is the decay of
+// the chunk's first token, that of the next lies `step` on.
+template <int W, typename P>
+FUNC void stage_decay(IN_SHARED Pair* cum, P g, long step, int rows, Launch launch) {
+  if (launch.simdgroup == 0) {
+    const float decay = launch.lane < rows ? g[launch.lane * step] : 1.0f;
+    decay_sums(cum, W, decay, LOG_ZERO, launch.lane);
+  }
+}
+
+// (product of g over the tokens after `from` up to `to`)^power
+FUNC float decay_between(Pair to, Pair from, float power) {
+  return exp(power * ((to[0] - from[0]) + (to[1] - from[1])));
+}
+
+FUNC float decay_since_start(Pair to, float power) { return exp(power * (to[0] + to[1])); }
+
+// Row r of t times (decay from token r to the chunk's end)^power.
+template <int R, int C>
+FUNC void tile_decay_to_end(OWN Tile<R, C>& t, IN_SHARED const Pair* cum, float power, Spot at) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    float by = decay_between(cum[8 * R - 1], cum[8 * r + at.row], power);
+    HLA_UNROLL
+    for (int c = 0; c < C; c++) frag_scale(t.f[r][c], by);
+  }
+}
+
+// Row r of t times scale (decay from the chunk's start through token r)^power.
+template <int R, int C>
+FUNC void tile_decay_from_start(
+    OWN Tile<R, C>& t, IN_SHARED const Pair* cum, float power, float scale, Spot at) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    float by = scale * decay_since_start(cum[8 * r + at.row], power);
+    HLA_UNROLL
+    for (int c = 0; c < C; c++) frag_scale(t.f[r][c], by);
+  }
+}
+
+// ---- Scores --------------------------------------------------------------------------------------
+
+// The n-th block of a lower triangle, row by row.
+FUNC Spot triangle_block(int n) {
+  Spot block;
+  block.row = 0;
+  while (n > block.row) n -= ++block.row;
+  block.col = n;
+  return block;
+}
+
+// p = scale D^power (x y^T) on and below the diagonal of the W x W chunk, zero above it inside the
+// diagonal blocks (the blocks above are neither written nor read). x and y in threadgroup memory,
+// W rows of 8K. The blocks are dealt out to the simdgroups in turn.
+template <int W, int K, typename PX, typename PY>
+FUNC void scores(
+    IN_SHARED float* p, int ldp, PX x, int ldx, PY y, int ldy, IN_SHARED const Pair* cum, float power,
+    float scale, Launch launch, Spot at) {
+  constexpr int B = W / 8;
+  for (int n = launch.simdgroup; n < B * (B + 1) / 2; n += launch.threads / 32) {
+    const Spot ij = triangle_block(n);
+    Frag s = frag_zero();
+    block_mma<K>(s, x + 8 * ij.row * ldx, ldx, y + 8 * ij.col * ldy, ldy, at);
+    int row = 8 * ij.row + at.row, col = 8 * ij.col + at.col;
+    Pair pair = frag_get(s);
+    Pair to = cum[row];
+    Run<float, 2> run;
+    run[0] = col <= row ? scale * pair[0] * decay_between(to, cum[col], power) : 0.0f;
+    run[1] = col + 1 <= row ? scale * pair[1] * decay_between(to, cum[col + 1], power) : 0.0f;
+    run_write(p + row * ldp + col, run);
+  }
+}
+
+// ---- Staging -------------------------------------------------------------------------------------
+
+// The n-th place of a grid of COLS columns, row by row, and the place that lies `by` after another: a thread that
+// goes through a grid so divides twice, not for every place.
+template <int COLS>
+FUNC Spot grid_spot(int n) {
+  Spot spot;
+  spot.row = n / COLS;
+  spot.col = n % COLS;
+  return spot;
+}
+
+template <int COLS>
+FUNC Spot grid_after(Spot spot, Spot by) {
+  spot.row += by.row;
+  spot.col += by.col;
+  if (spot.col >= COLS) {
+    spot.col -= COLS;
+    spot.row++;
+  }
+  return spot;
+}
+
+// dst (W rows of WIDTH, leading dimension ld) = rows 0..rows of src, zero outside rows x cols; 16 bytes at a time where
+// a row lies together at multiples of 16, as every row of a contiguous array does whose width is a multiple of 8.
+template <int W, int WIDTH, typename T, typename P>
+FUNC void stage(IN_SHARED T* dst, int ld, P src, int row_step, int col_step, int rows, int cols, Launch launch) {
+  constexpr int N = 16 / sizeof(T), PARTS = WIDTH / N;
+  if (cols == WIDTH && in_runs<N>(src, row_step, col_step, cols)) {
+    const Spot by = grid_spot<PARTS>(launch.threads);
+    for (Spot i = grid_spot<PARTS>(launch.index); i.row < W; i = grid_after<PARTS>(i, by)) {
+      const int c = N * i.col;
+      copy_sixteen(dst + i.row * ld + c, src + (i.row < rows ? i.row * row_step + c : 0), i.row < rows);
+    }
+  } else {
+    const Spot by = grid_spot<WIDTH>(launch.threads);
+    for (Spot i = grid_spot<WIDTH>(launch.index); i.row < W; i = grid_after<WIDTH>(i, by)) {
+      const bool there = i.row < rows && i.col < cols;
+      dst[i.row * ld + i.col] = there ? src[i.row * row_step + i.col * col_step] : static_cast<T>(0.0f);
+    }
+  }
+}
+
+// ---- Symmetric states ----------------------------------------------------------------------------
+
+// What tile_mma_upper takes, from threadgroup memory: fragment c has the columns from 8c on.
+template <int R, int C, typename P>
+FUNC void tile_take_upper(OWN Tile<R, C>& t, P p, int ld, int cols, Spot at) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    HLA_UNROLL
+    for (int c = 0; c < C; c++) {
+      t.f[r][c] = frag_zero();
+      if (8 * c < cols) t.f[r][c] = frag_read<false>(p + 8 * r * ld + 8 * c, ld, at);
+    }
+  }
+}
+
+// Write what tile_mma_upper made, and its mirror image, to a size x size matrix at p; size is even.
+template <int R, int C, typename P>
+FUNC void tile_write_symmetric(OWN Tile<R, C>& t, P p, int size, int col0, Spot at) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    HLA_UNROLL
+    for (int c = 0; c < C; c++) {
+      int row = 8 * r + at.row, col = col0 + 8 * c + at.col, diagonal = col0 + 8 * c - 8 * r;
+      Pair pair = frag_get(t.f[r][c]);
+      Run<float, 2> run;
+      run[0] = pair[0];
+      run[1] = pair[1];
+      if (diagonal >= 0 && row < size && col < size) {
+        run_write(p + row * size + col, run);
+        if (diagonal > 0) {
+          p[col * size + row] = pair[0];
+          p[(col + 1) * size + row] = pair[1];
+        }
+      }
+    }
+  }
+}
