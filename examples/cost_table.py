@@ -44,7 +44,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_hla import kernels
-from mlx_hla.kernels import plan
+from mlx_hla.kernels import gpu, plan
 from mlx_hla.ops import on_kernels
 from mlx_hla.ops.checks import Call, Dims
 from mlx_hla.ops.operator import OPERATORS, Held
@@ -140,13 +140,18 @@ def stand_in():
 
 
 @contextlib.contextmanager
-def one_of(heads: int):
-    """Plan for one head as if it were one of `heads`: the rule wants FILL threadgroups of all together."""
-    fill, plan.FILL = plan.FILL, plan.ceil_div(plan.FILL, heads)
+def wanting(threadgroups: int):
+    """Plan for a GPU that so many threadgroups fill."""
+    fill, plan.fill = plan.fill, lambda: threadgroups
     try:
         yield
     finally:
-        plan.FILL = fill
+        plan.fill = fill
+
+
+def one_of(heads: int):
+    """Plan for one head as if it were one of `heads`: the rule wants so many threadgroups of all together."""
+    return wanting(plan.ceil_div(plan.fill(), heads))
 
 
 ASIDE = ("_shape", "_strides", "ints", "floats")
@@ -401,6 +406,27 @@ def saving(rows: list[Row]):
             )
 
 
+def chips(metal, T: int) -> str:
+    """How one call is cut for each chip, and what that costs."""
+    lines = [
+        f"HLA2 forward of {head_count(SHOWN_HEADS)} of 64, cut for {gpu.METAL.per_core} threadgroups a core."
+        f" The table above is cut for {gpu.METAL.fill}, as for an Apple GPU of unknown cores.",
+        "",
+        "| chip | cores | blocks | threadgroups | traffic | arithmetic | bound, µs |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for chip in CHIPS:
+        cores = gpu.CORES[chip.name]
+        with wanting(gpu.METAL.per_core * cores):
+            (r,) = sequence_rows(metal, "hla2", T, 64, SHOWN_HEADS, backward=False)
+            n = plan.blocks(T, SHOWN_HEADS).count
+        lines.append(
+            f"| {chip.name} | {cores} | {n} | {n * SHOWN_HEADS} | {r.traffic:.2f} | {r.arithmetic:.2f} | "
+            f"{bound(r, chip)} |"
+        )
+    return "\n".join(lines)
+
+
 BEGIN, END = "<!-- cost:begin -->", "<!-- cost:end -->"
 
 
@@ -420,7 +446,8 @@ def main() -> None:
         "--readme", type=Path, metavar="FILE", help=f"write between {BEGIN} and {END} here too"
     )
     args = parser.parse_args()
-    text = report(measure(stand_in(), args.tokens, args.dims), args.tokens)
+    metal = stand_in()
+    text = report(measure(metal, args.tokens, args.dims), args.tokens) + "\n\n" + chips(metal, args.tokens)
     print(text)
     if args.readme:
         into_readme(args.readme, text)

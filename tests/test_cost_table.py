@@ -25,14 +25,14 @@ def counts(family, heads, T=1024, D=16):
 @pytest.mark.parametrize("family", cost_table.FAMILIES)
 def test_one_head_counts_for_all(monkeypatch, family):
     metal.install(monkeypatch)
-    monkeypatch.setattr(plan, "FILL", 4)
+    monkeypatch.setattr(plan, "fill", lambda: 4)
     both = counts(family, 2)
     with cost_table.one_of(2):
         one = counts(family, 1)
     alone = counts(family, 1)
     assert both == (2 * one[0], 2 * one[1], one[2])
     assert alone[0] > one[0]  # a head alone is cut into more blocks
-    assert plan.FILL == 4
+    assert plan.fill() == 4
 
 
 def test_rows_and_report(monkeypatch, tmp_path):
@@ -63,6 +63,10 @@ def test_rows_and_report(monkeypatch, tmp_path):
         "missed: hla2 forward (walk, 64 heads), traffic 1.00 of 2.5, arithmetic 1.40 of 1.3",
         "reached: hla2 step (one token), traffic 1.00 of 1.05",
     ]
+
+    cut = cost_table.chips(metal, 64).splitlines()
+    assert len(cut) == 4 + len(cost_table.CHIPS)
+    assert cut[4].startswith("| M1 | 8 | 1 | 16 | 1.00 |")
 
     readme = tmp_path / "README.md"
     readme.write_text(f"a\n{cost_table.BEGIN}\nold\n{cost_table.END}\nb\n")

@@ -34,7 +34,7 @@ COSTS = {"first": ((3.1, 7), (4.7, 7)), "hla2": ((5.6, 13), (8.6, 13))}
 @pytest.mark.parametrize("op", COSTS)
 def test_traffic_and_launches(monkeypatch, op, decay):
     metal.install(monkeypatch)
-    monkeypatch.setattr(plan, "FILL", 2)  # two blocks of 512 tokens
+    monkeypatch.setattr(plan, "fill", lambda: 2)  # two blocks of 512 tokens
     q, k, v, do = (mx.random.normal((1, 1024, 1, 64)).astype(mx.bfloat16) for _ in range(4))
     arrays = [q, k, v] + [mx.random.uniform(0.9, 1, (1, 1024, 1))] * decay
 

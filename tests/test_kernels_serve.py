@@ -156,6 +156,60 @@ def test_no_chunk_fits_in_words():
         plan.staged_width([(512, mx.float32), (512, mx.float32)])
 
 
+def apple(name, architecture):
+    return {"device_name": name, "architecture": architecture, "memory_size": 2**36, "resource_limit": 499000}
+
+
+def nvidia(name, architecture="sm_90"):
+    return {
+        "device_name": name,
+        "architecture": architecture,
+        "compute_capability_major": 9,
+        "total_memory": 2**36,
+    }
+
+
+DEVICES = {
+    "m1": (kernels.gpu.METAL, apple("Apple M1", "applegpu_g13g"), 8),
+    "m2-ultra": (kernels.gpu.METAL, apple("Apple M2 Ultra", "applegpu_g14d"), 76),
+    "m3-max": (kernels.gpu.METAL, apple("Apple M3 Max", "applegpu_g15s"), 40),
+    "m4-pro": (kernels.gpu.METAL, apple("Apple M4 Pro", "applegpu_g16s"), 20),
+    "m9-max": (kernels.gpu.METAL, apple("Apple M9 Max", "applegpu_g21s"), 40),
+    "a-phone": (kernels.gpu.METAL, apple("Apple A99 GPU", "applegpu_g21p"), 6),
+    "a-letter-unheard-of": (kernels.gpu.METAL, apple("Apple M9 Giga", "applegpu_g21x"), None),
+    "paravirtual": (kernels.gpu.METAL, apple("Apple Paravirtual device", "paravirtual"), None),
+    "h100": (kernels.gpu.CUDA, nvidia("NVIDIA H100 80GB HBM3"), 132),
+    "a100": (kernels.gpu.CUDA, nvidia("NVIDIA A100-SXM4-80GB", "sm_80"), 108),
+    "h1000": (kernels.gpu.CUDA, nvidia("NVIDIA H1000 PCIe"), None),
+    "nameless": (kernels.gpu.CUDA, {"device_name": "NVIDIA", "architecture": "sm_90"}, None),
+    "nothing": (kernels.gpu.METAL, {}, None),
+}
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+def test_blocks_follow_the_device(monkeypatch, kind):
+    """So many threadgroups as its cores want; of an unknown one as many as of any."""
+    device, info, cores = DEVICES[kind]
+    monkeypatch.setattr(kernels.gpu, "here", lambda: device)
+    monkeypatch.setattr(kernels.gpu, "_info", lambda name: info)
+    assert kernels.gpu.cores() == cores
+    want = device.fill if cores is None else device.per_core * cores
+    assert plan.fill() == want
+    for heads in (1, 4, want, 2 * want):
+        assert 0.9 * want <= heads * plan.blocks(2**20, heads).count < max(want, heads) + heads
+
+
+def test_a_device_is_asked_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(mx, "device_info", lambda: asked.append(1) or apple("Apple M3 Max", "applegpu_g15s"))
+    kernels.gpu._info.cache_clear()
+    try:
+        assert kernels.gpu.cores() == kernels.gpu.cores() == 40
+        assert asked == [1]
+    finally:
+        kernels.gpu._info.cache_clear()
+
+
 def test_blocks():
     for T in (1, 31, 255, 256, 257, 4096, 65537):
         for heads in (1, 3, 16, 64, 1000):
@@ -163,8 +217,8 @@ def test_blocks():
             assert cut.length % 32 == 0
             assert cut.length * (cut.count - 1) < T <= cut.length * cut.count
             assert cut.count == 1 or cut.length >= plan.MIN_BLOCK
-            assert cut.count * heads <= max(heads, 2 * plan.FILL)
-    assert plan.blocks(65536, 1).count == plan.FILL
+            assert cut.count * heads <= max(heads, 2 * plan.fill())
+    assert plan.blocks(65536, 1).count == plan.fill()
     assert plan.blocks(65536, 64).count == 1
 
 

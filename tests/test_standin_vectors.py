@@ -1,4 +1,4 @@
-"""Vectors of a threadgroup's array on the stand-in for Metal: one access each, aligned, all elements inside."""
+"""Vectors of a threadgroup's array on the stand-in for Metal: one access each, aligned, all of it inside."""
 
 import numpy as np
 import pytest

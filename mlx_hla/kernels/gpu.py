@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,12 +18,15 @@ class GPU:
     maker_name: the function of `mx.fast` that builds a kernel. words: the file in metal/ whose sections take
     the place of those of tiles.metal, if any. rounds: calls in bfloat16 have a variant of their own.
     heads_first: the heads are the grid's x axis, not its z. unasked: `backend=None` takes its kernels.
+    per_core: threadgroups that keep a core busy; fill: those that keep a GPU busy whose cores are unknown.
     """
 
     name: str
     title: str
     chip: str
     maker_name: str
+    per_core: int
+    fill: int
     words: str | None = None
     rounds: bool = False
     heads_first: bool = False
@@ -40,15 +43,19 @@ class GPU:
         return threads[2] * width, threads[1], threads[0] // width
 
 
+# per_core of an Apple GPU is a guess from its 60 KiB of threadgroup memory a core, by philipturner's
+# metal-benchmarks: 2 to 4 of the sequence kernels' threadgroups have room, with 31 to 14 KiB each.
 # On CUDA compiled plain ops are on a par with the kernels at 65,536 tokens and faster at 4,096 (HLA2, 16
 # heads of 64, metal/README.md), and every process compiles what it uses of the kernels for seconds.
-METAL = GPU("metal", "Metal", "an Apple GPU", "metal_kernel")
+METAL = GPU("metal", "Metal", "an Apple GPU", "metal_kernel", per_core=3, fill=64)
 CUDA = GPU(
     "cuda",
     "CUDA",
     "an NVIDIA GPU of compute capability 8.0 or later",
     "cuda_kernel",
-    "tiles.cuh",
+    per_core=4,
+    fill=512,
+    words="tiles.cuh",
     rounds=True,
     heads_first=True,
     unasked=False,
@@ -65,11 +72,46 @@ def here() -> GPU | None:
     return CUDA if mx.cuda.is_available() and _capability() >= 8 else None
 
 
+# Cores by what MLX calls a GPU, less "Apple" and "NVIDIA": of a chip that is sold with several counts, the
+# most, for MLX does not tell. Apple's: its technical specifications (support.apple.com) and, for the M5 Pro
+# and Max, the press of March 2026. NVIDIA's: its white papers on each architecture.
+CORES = {
+    **{"M1": 8, "M1 Pro": 16, "M1 Max": 32, "M1 Ultra": 64},
+    **{"M2": 10, "M2 Pro": 19, "M2 Max": 38, "M2 Ultra": 76},
+    **{"M3": 10, "M3 Pro": 18, "M3 Max": 40, "M3 Ultra": 80},
+    **{"M4": 10, "M4 Pro": 20, "M4 Max": 40},
+    **{"M5": 10, "M5 Pro": 20, "M5 Max": 40},
+    **{"A100": 108, "H100": 132, "H200": 132, "GH200": 132, "B200": 148, "L40": 142, "L40S": 142},
+}
+# Of a later Apple chip, a guess by the last letter of its architecture, "applegpu_g17s": as MLX's own kernels
+# read it, phones, plain and Pro, Max, Ultra.
+CORES_BY_SIZE = {"p": 6, "g": 10, "s": 40, "d": 80}
+
+
+def cores_of(info: Mapping[str, str | int]) -> int | None:
+    """Cores of the GPU that `mx.device_info` tells of, or None where nothing is known of it."""
+    name, architecture = str(info.get("device_name", "")), str(info.get("architecture", ""))
+    make, _, model = name.partition(" ")
+    if make == "Apple" and architecture.startswith("applegpu"):
+        return CORES.get(model) or CORES_BY_SIZE.get(architecture[-1])
+    words = model.split()  # "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
+    return CORES.get(words[0].partition("-")[0]) if make == "NVIDIA" and words else None
+
+
+@cache
+def _info(device: str) -> Mapping[str, str | int]:
+    return mx.device_info()
+
+
+def cores() -> int | None:
+    """Cores of MLX's default device."""
+    return cores_of(_info(str(mx.default_device())))
+
+
 def language() -> GPU:
     """The GPU whose language kernels are written in: that which is here, else Metal's."""
     return here() or METAL
 
 
-@cache
 def _capability() -> int:
-    return int(mx.device_info().get("compute_capability_major", 0))
+    return int(_info(str(mx.default_device())).get("compute_capability_major", 0))

@@ -13,13 +13,17 @@ SPARE = 256  # bytes of a threadgroup that a step leaves free, for alignment
 TINY = 1e-30  # stands for a decay of 0 where its gradient divides by it
 MAX_DIM = 128
 STRIPE = 2  # fragments of 8 columns that a simdgroup owns
-FILL = 64  # threadgroups that keep a large Apple GPU busy; fewer heads than this are cut into blocks
-CUDA_FILL = 512  # the same of a large NVIDIA GPU: four for each of its cores
 MIN_BLOCK = 256  # tokens: below this a block's state costs more than its tokens
 
 
 def _on_cuda() -> bool:
     return gpu.language() is gpu.CUDA
+
+
+def fill() -> int:
+    """Threadgroups that keep this GPU busy; fewer heads than this are cut into blocks."""
+    device, cores = gpu.language(), gpu.cores()
+    return device.fill if cores is None else device.per_core * cores
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -51,7 +55,7 @@ def staged_width(staged: list[tuple[int, mx.Dtype]]) -> int:
 def blocks(T: int, heads: int, length: int | None = None) -> Blocks:
     """As few blocks as fill the GPU with threadgroups, none shorter than `MIN_BLOCK` tokens."""
     if length is None:
-        want = max(1, ceil_div(CUDA_FILL if _on_cuda() else FILL, heads))
+        want = ceil_div(fill(), heads)
         length = max(MIN_BLOCK, 32 * ceil_div(T, 32 * want))
     return Blocks(length, ceil_div(T, length))
 
