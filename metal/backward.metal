@@ -32,11 +32,11 @@ CONSTANT float LOG_TINY = -69.07755f;
 
 // This lane's part of the sum of all products of fragment row r of t and the block at p, which is zero
 // outside rows x cols; runs: see in_runs.
-template <int R, int C, typename P>
+template <int R, int C, int G, typename P>
 FUNC float tile_row_dot(
-    OWN Tile<R, C>& t, int r, P p, int row_step, int col_step, bool runs, int rows, int cols, Spot at) {
-  const int row = 8 * r + at.row;
-  const Part<C> mine = part_get(t, r), other = part_read<C>(p + row * row_step, col_step, cols, runs, row < rows, at);
+    OWN Tile<R, C, G>& t, int r, P p, int row_step, int col_step, bool runs, int rows, int cols, Spot at) {
+  const int row = woven_row<G>(r, at);
+  const Floats<2 * C> mine = part_get(t, r), other = part_read<C>(p + row * row_step, col_step, cols, runs, row < rows, at);
   float sum = 0.0f;
   HLA_UNROLL
   for (int e = 0; e < 2 * C; e++) sum += mine.of[e] * other.of[e];
@@ -44,8 +44,8 @@ FUNC float tile_row_dot(
 }
 
 // This lane's part of the sum over all rows.
-template <int R, int C, typename P>
-FUNC float tile_dot(OWN Tile<R, C>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
+template <int R, int C, int G, typename P>
+FUNC float tile_dot(OWN Tile<R, C, G>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
   const bool runs = in_runs<2 * C>(p, row_step, col_step, cols);
   float sum = 0.0f;
   HLA_UNROLL
@@ -79,7 +79,7 @@ FUNC void stage_both_decays(IN_SHARED Pair* cum, IN_SHARED Pair* least, P g, lon
 // chunk's end gives; then G at its start: state = b_end^p state + scale U^T b^p right.
 template <int K, int R, int NC, typename PU, typename PR>
 FUNC void step_back(
-    OWN Tile<R, NC>& out, OWN Tile<K, NC>& state, IN_SHARED const float* p, int ldp, PU u, int ldu, PR right,
+    OWN Tile<R, NC>& out, OWN State<K, NC>& state, IN_SHARED const float* p, int ldp, PU u, int ldu, PR right,
     int ldr, int cols, IN_SHARED const Pair* cum, float power, float scale, Spot at) {
   tile_decay_to_end(out, cum, power, at);
   Tile<R, NC> r;
@@ -123,7 +123,7 @@ FUNC void step_back(
   SHARED Pair cum[W], least[W];
 
   const int hs = entry_shape[1], shead = head * hs / ho, col0 = 8 * NC * launch.simdgroup;
-  Tile<K, NC> state;  // S^T
+  State<K, NC> state;  // S^T
   tile_read(state,
             entry + batch * entry_strides[0] + shead * entry_strides[1] + block * entry_strides[2] +
                 col0 * entry_strides[3],
@@ -218,7 +218,7 @@ FUNC void step_back(
   const int stripe = launch.simdgroup % NS, col0 = 8 * NC * (stripe + NS * part), width = of_y ? DY : DZ;
   const float own = part == 0 ? scale : 0.0f;
 
-  Tile<K, NC> state;
+  State<K, NC> state;
   const int down = of_y ? after_strides[4] : after_strides[3], across = of_y ? after_strides[3] : after_strides[4];
   tile_read(state,
             after + batch * after_strides[0] + head * after_strides[1] + block * after_strides[2] + col0 * across, down,

@@ -1,5 +1,6 @@
 // A chunk of W tokens: the decay inside it, scores of its tokens, how it comes to threadgroup memory; and what is
 // symmetric in what it adds to a state.
+//# uses: products
 
 // ---- The decay inside a chunk --------------------------------------------------------------------
 //
@@ -146,14 +147,14 @@ FUNC void tile_take_upper(OWN Tile<R, C>& t, P p, int ld, int cols, Spot at) {
     HLA_UNROLL
     for (int c = 0; c < C; c++) {
       t.f[r][c] = frag_zero();
-      if (8 * c < cols) t.f[r][c] = frag_read<false>(p + 8 * r * ld + 8 * c, ld, at);
+      if (8 * c < cols) t.f[r][c] = frags_read<1>(p + 8 * r * ld + 8 * c, ld, at).f[0];
     }
   }
 }
 
 // Write what tile_mma_upper made, and its mirror image, to a size x size matrix at p; size is even.
-template <int R, int C, typename P>
-FUNC void tile_write_symmetric(OWN Tile<R, C>& t, P p, int size, int col0, Spot at) {
+template <int R, int C, int G, typename P>
+FUNC void tile_write_symmetric(OWN Tile<R, C, G>& t, P p, int size, int col0, Spot at) {
   HLA_UNROLL
   for (int r = 0; r < R; r++) {
     HLA_UNROLL

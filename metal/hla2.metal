@@ -24,7 +24,7 @@
 // chunk's end. ps is scratch. One barrier inside; kts is to be read after the next.
 template <int W, int LD, int LDK, int LDP, int K, int R, int NC, typename T>
 FUNC void walk_keys(
-    OWN Tile<K, NC>& s, OWN Tile<R, NC>& out, IN_SHARED T* qs, IN_SHARED T* ks, IN_SHARED float* kts,
+    OWN State<K, NC>& s, OWN Tile<R, NC>& out, IN_SHARED T* qs, IN_SHARED T* ks, IN_SHARED float* kts,
     IN_SHARED float* ps, IN_SHARED const Pair* cum, float scale, float ridge, int col0, Launch launch, Spot at) {
   scores<W, K>(ps, LDP, qs, LD, ks, LD, cum, 1.0f, scale, launch, at);
   Tile<R, NC> right;
@@ -58,7 +58,7 @@ FUNC void walk_keys(
   const long v_base = batch * v_strides[0] + kv * v_strides[2] + col0 * v_strides[3];
   const long g_base = batch * g_strides[0] + (head * g_shape[2] / hq) * g_strides[2];
 
-  Tile<K, NC> s, f;
+  State<K, NC> s, f;
 //# end
 
 //# kernel hla2_walk

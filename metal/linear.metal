@@ -60,7 +60,7 @@ FUNC Walk block_walk(int block, int length, int total) {
   const long z_base = batch * z_strides[0] + (head * z_shape[2] / hs) * z_strides[2] + col0 * z_strides[3];
   const long g_base = batch * g_strides[0] + (head * g_shape[2] / hs) * g_strides[2];
 
-  Tile<K, NC> state;
+  State<K, NC, SAME> state;
   tile_zero(state);
   Pair whole = Pair(0.0f, 0.0f);
   const int last_chunk = (walk.count - 1) / W * W;
@@ -153,7 +153,7 @@ FUNC Walk block_walk(int block, int length, int total) {
   const long z_base = batch * z_strides[0] + (head * z_shape[2] / ho) * z_strides[2] + col0 * z_strides[3];
   const long g_base = batch * g_strides[0] + (head * g_shape[2] / ho) * g_strides[2];
 
-  Tile<K, NC> state;
+  State<K, NC> state;
   tile_read(state,
             entry + batch * entry_strides[0] + shead * entry_strides[1] + block * entry_strides[2] +
                 col0 * entry_strides[4],

@@ -1,6 +1,6 @@
-// What stands in the place of two sections of tiles.metal on an NVIDIA GPU: the words that the rest is written in,
-// for warps of 32 lanes, and the products, on tensor cores. What is staged comes by copies that wait for nobody.
-// Compiled by NVRTC as `mx.fast.cuda_kernel` hands it over. Compute capability 8.0 or later.
+// What stands in the place of two sections of tiles.metal and products.metal on an NVIDIA GPU: the words that the rest
+// is written in, for warps of 32 lanes, and the products, on tensor cores. What is staged comes by copies that wait for
+// nobody. Compiled by NVRTC as `mx.fast.cuda_kernel` hands it over. Compute capability 8.0 or later.
 //
 // An instruction multiplies 16 x 8 by 8 x 8 numbers and adds in float32. They are TF32, which is float32 with a mantissa
 // of 11 bits: half types are exact in it, and a float32 operand goes in as two numbers, its first 11 bits and the rest,
@@ -351,6 +351,9 @@ FUNC void rows_mma(Tile<R, C>& c, int r, const Places<A>& upper, const Places<A>
     places_mma(c.f[r][j], r + 1 < R ? c.f[(r + 1) % R][j] : none, upper, lower, right[j]);
   }
 }
+
+template <int K, int C, bool SYMMETRIC = false>
+using State = Tile<K, C>;
 
 template <int R, int K, int C, bool TURNED, bool CAUSAL, typename P>
 FUNC void tile_mma(Tile<R, C>& c, P a, int ld, const Tile<K, C>& b, Spot at) {

@@ -1,14 +1,9 @@
-// Tiles: everything that is Metal's own, behind a few words, and the matrix products made of them.
+// Tiles: everything that is Metal's own, behind a few words, and the tiles made of it.
 //
 // A kernel body speaks of tiles (8R x 8C floats spread over one simdgroup as 8x8 fragments) and of arrays that
 // the threadgroup shares. It names no address space, no barrier's flag, no attribute of the launch: those stand in
 // the first section only, and tests/test_metal_sources.py holds all files to it. To run the bodies on another GPU,
-// replace the first section: tiles.cuh does that for CUDA, and has products of its own.
-//
-// Layout of a product: the threadgroup's simdgroups divide the columns of the result. Simdgroup s owns
-// the stripe of 8C columns from 8C s on, of the state, of the output and of the right operand, all in
-// registers; left operands are read from threadgroup memory by everybody. So a state never leaves its
-// registers while a threadgroup walks over chunks, and no product needs a reduction over simdgroups.
+// replace the first section: tiles.cuh does that for CUDA, and the products of products.metal.
 
 // ---- What a GPU has of its own -----------------------------------------------------------------
 //
@@ -130,29 +125,86 @@ FUNC float col_sum(float x) {
 }
 
 // ---- Fragments from memory -----------------------------------------------------------------------
+//
+// Which 8 of a sum's terms a fragment has is free, if it is the same on both sides; which 8 of its rows a state's
+// fragment has, too. So G fragments are woven: the g-th has every G-th row or column, from the g-th on, and what
+// a lane has of all of them lies together.
 
-// p points at the block's first element in threadgroup memory; TURNED reads the block's transpose.
-template <bool TURNED, typename P>
-FUNC Frag frag_read(P p, int ld, Spot at) {
-  Frag f;
-  if (TURNED) {
-    frag_set(f, static_cast<float>(p[at.col * ld + at.row]), static_cast<float>(p[(at.col + 1) * ld + at.row]));
-  } else {
-    const auto run = run_read<2>(p + at.row * ld + at.col);
-    frag_set(f, static_cast<float>(run[0]), static_cast<float>(run[1]));
+// N neighbours in memory as floats.
+template <int N>
+struct Floats {
+  float of[N];
+
+  template <typename P>
+  static FUNC Floats read(P p) {
+    const auto run = run_read<N>(p);
+    Floats x;
+    HLA_UNROLL
+    for (int e = 0; e < N; e++) x.of[e] = static_cast<float>(run[e]);
+    return x;
   }
-  return f;
+};
+
+template <>
+struct Floats<1> {
+  float of[1];
+
+  template <typename P>
+  static FUNC Floats read(P p) {
+    Floats x;
+    x.of[0] = static_cast<float>(*p);
+    return x;
+  }
+};
+
+template <int G>
+struct Woven {
+  Frag f[G];
+};
+
+// The 8 rows at p, in threadgroup memory, of G fragments whose columns are woven.
+template <int G, typename P>
+FUNC Woven<G> frags_read(P p, int ld, Spot at) {
+  constexpr int N = G == 1 ? 2 : 4;  // of a run
+  p += at.row * ld + G * at.col;
+  float of[2 * G];
+  HLA_UNROLL
+  for (int i = 0; i < 2 * G; i += N) {
+    const Floats<N> run = Floats<N>::read(p + i);
+    HLA_UNROLL
+    for (int e = 0; e < N; e++) of[i + e] = run.of[e];
+  }
+  Woven<G> woven;
+  HLA_UNROLL
+  for (int g = 0; g < G; g++) frag_set(woven.f[g], of[g], of[G + g]);
+  return woven;
+}
+
+// Their transposes.
+template <int G, typename P>
+FUNC Woven<G> frags_turned(P p, int ld, Spot at) {
+  p += at.col * ld + G * at.row;
+  const Floats<G> left = Floats<G>::read(p), right = Floats<G>::read(p + ld);
+  Woven<G> woven;
+  HLA_UNROLL
+  for (int g = 0; g < G; g++) frag_set(woven.f[g], left.of[g], right.of[g]);
+  return woven;
 }
 
 // ---- Tiles ---------------------------------------------------------------------------------------
 
-template <int R, int C>
+// G of its rows of fragments are woven.
+template <int R, int C, int G = 1>
 struct Tile {
   Frag f[R][C];
 };
 
-template <int R, int C>
-FUNC void tile_zero(OWN Tile<R, C>& t) {
+// The row of the tile that a lane has in fragment row r.
+template <int G>
+FUNC int woven_row(int r, Spot at) { return 8 * (r - r % G) + G * at.row + r % G; }
+
+template <int R, int C, int G>
+FUNC void tile_zero(OWN Tile<R, C, G>& t) {
   HLA_UNROLL
   for (int r = 0; r < R; r++) {
     HLA_UNROLL
@@ -162,14 +214,9 @@ FUNC void tile_zero(OWN Tile<R, C>& t) {
 
 // Of a row of a tile a lane holds 2C neighbours, the columns from C at.col on; two of them in each fragment. Which
 // columns of its stripe a fragment has is nobody's business but that of tile_mma_upper, see there.
-template <int C>
-struct Part {
-  float of[2 * C];
-};
-
-template <int R, int C>
-FUNC Part<C> part_get(OWN Tile<R, C>& t, int r) {
-  Part<C> part;
+template <int R, int C, int G>
+FUNC Floats<2 * C> part_get(OWN Tile<R, C, G>& t, int r) {
+  Floats<2 * C> part;
   HLA_UNROLL
   for (int c = 0; c < C; c++) {
     Pair pair = frag_get(t.f[r][c]);
@@ -179,8 +226,8 @@ FUNC Part<C> part_get(OWN Tile<R, C>& t, int r) {
   return part;
 }
 
-template <int R, int C>
-FUNC void part_set(OWN Tile<R, C>& t, int r, Part<C> part) {
+template <int R, int C, int G>
+FUNC void part_set(OWN Tile<R, C, G>& t, int r, Floats<2 * C> part) {
   HLA_UNROLL
   for (int c = 0; c < C; c++) frag_set(t.f[r][c], part.of[2 * c], part.of[2 * c + 1]);
 }
@@ -193,18 +240,14 @@ FUNC bool in_runs(P p, int row_step, int col_step, int cols) {
 
 // A lane's part of the row at p, zero from column `cols` on and if not `there`.
 template <int C, typename P>
-FUNC Part<C> part_read(P p, int col_step, int cols, bool runs, bool there, Spot at) {
+FUNC Floats<2 * C> part_read(P p, int col_step, int cols, bool runs, bool there, Spot at) {
   constexpr int N = 2 * C;
   const int col = C * at.col;
-  Part<C> part;
+  Floats<2 * C> part;
   HLA_UNROLL
   for (int e = 0; e < N; e++) part.of[e] = 0.0f;
   if (runs) {
-    if (there && col < cols) {
-      const auto run = run_read<N>(p + col);
-      HLA_UNROLL
-      for (int e = 0; e < N; e++) part.of[e] = static_cast<float>(run[e]);
-    }
+    if (there && col < cols) part = Floats<N>::read(p + col);
   } else {
     HLA_UNROLL
     for (int e = 0; e < N; e++) {
@@ -215,25 +258,25 @@ FUNC Part<C> part_read(P p, int col_step, int cols, bool runs, bool there, Spot 
 }
 
 // t = the block at p, element (r, c) at p[r row_step + c col_step], zero from row `rows`, column `cols` on.
-template <int R, int C, typename P>
-FUNC void tile_read(OWN Tile<R, C>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
+template <int R, int C, int G, typename P>
+FUNC void tile_read(OWN Tile<R, C, G>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
   const bool runs = in_runs<2 * C>(p, row_step, col_step, cols);
   HLA_UNROLL
   for (int r = 0; r < R; r++) {
-    const int row = 8 * r + at.row;
+    const int row = woven_row<G>(r, at);
     part_set(t, r, part_read<C>(p + row * row_step, col_step, cols, runs, row < rows, at));
   }
 }
 
 // The inverse of tile_read.
-template <typename T, int R, int C, typename P>
-FUNC void tile_write(OWN Tile<R, C>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
+template <typename T, int R, int C, int G, typename P>
+FUNC void tile_write(OWN Tile<R, C, G>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
   constexpr int N = 2 * C;
   const bool runs = in_runs<N>(p, row_step, col_step, cols);
   HLA_UNROLL
   for (int r = 0; r < R; r++) {
-    const int row = 8 * r + at.row, col = C * at.col;
-    const Part<C> part = part_get(t, r);
+    const int row = woven_row<G>(r, at), col = C * at.col;
+    const Floats<2 * C> part = part_get(t, r);
     if (row < rows && runs && col < cols) {
       Run<T, N> run;
       HLA_UNROLL
@@ -255,10 +298,10 @@ FUNC void tile_add(OWN Tile<R, C>& t, P p, int ld, int cols, float by, Spot at) 
   HLA_UNROLL
   for (int r = 0; r < R; r++) {
     if (C * at.col < cols) {
-      const auto run = run_read<2 * C>(p + (8 * r + at.row) * ld + C * at.col);
-      Part<C> part = part_get(t, r);
+      const Floats<2 * C> more = Floats<2 * C>::read(p + (8 * r + at.row) * ld + C * at.col);
+      Floats<2 * C> part = part_get(t, r);
       HLA_UNROLL
-      for (int e = 0; e < 2 * C; e++) part.of[e] += by * static_cast<float>(run[e]);
+      for (int e = 0; e < 2 * C; e++) part.of[e] += by * more.of[e];
       part_set(t, r, part);
     }
   }
@@ -278,7 +321,7 @@ template <int R, int C>
 FUNC void tile_put(OWN Tile<R, C>& t, IN_SHARED float* p, int ld, int cols, Spot at) {
   HLA_UNROLL
   for (int r = 0; r < R; r++) {
-    const Part<C> part = part_get(t, r);
+    const Floats<2 * C> part = part_get(t, r);
     if (C * at.col < cols) {
       Run<float, 2 * C> run;
       HLA_UNROLL
@@ -288,8 +331,8 @@ FUNC void tile_put(OWN Tile<R, C>& t, IN_SHARED float* p, int ld, int cols, Spot
   }
 }
 
-template <int R, int C>
-FUNC void tile_scale(OWN Tile<R, C>& t, float by) {
+template <int R, int C, int G>
+FUNC void tile_scale(OWN Tile<R, C, G>& t, float by) {
   HLA_UNROLL
   for (int r = 0; r < R; r++) {
     HLA_UNROLL
@@ -307,62 +350,4 @@ FUNC void tile_sum(OWN Tile<R, C>& t, OWN Tile<R, C>& other) {
       frag_set(t.f[r][c], sum[0], sum[1]);
     }
   }
-}
-
-// ---- Products ------------------------------------------------------------------------------------
-//
-// The sum's index k goes outermost: between two products with one accumulator come those with all the others. The
-// fences keep the compiler from loading the fragments of every k before the first product, which spills registers.
-
-// c += A b with A (8R x 8K) in threadgroup memory at a, row-major with leading dimension ld;
-// TURNED: A is the transpose of what lies there; CAUSAL: what lies there is zero above its diagonal blocks.
-template <int R, int K, int C, bool TURNED, bool CAUSAL, typename P>
-FUNC void tile_mma(OWN Tile<R, C>& c, P a, int ld, OWN Tile<K, C>& b, Spot at) {
-  HLA_UNROLL
-  for (int k = 0; k < K; k++) {
-    fence_loads();
-    HLA_UNROLL
-    for (int r = 0; r < R; r++) {
-      if (!CAUSAL || (TURNED ? k >= r : k <= r)) {
-        Frag x = frag_read<TURNED>(TURNED ? a + 8 * k * ld + 8 * r : a + 8 * r * ld + 8 * k, ld, at);
-        HLA_UNROLL
-        for (int j = 0; j < C; j++) frag_mma(c.f[r][j], x, b.f[k][j]);
-      }
-    }
-  }
-}
-
-// The same for c += A^T b where the result is symmetric and c its columns from block `col` on, a block to a fragment:
-// those below the diagonal are left out.
-template <int R, int K, int C, typename P>
-FUNC void tile_mma_upper(OWN Tile<R, C>& c, P a, int ld, OWN Tile<K, C>& b, int col, Spot at) {
-  HLA_UNROLL
-  for (int k = 0; k < K; k++) {
-    fence_loads();
-    HLA_UNROLL
-    for (int r = 0; r < R; r++) {
-      if (r < col + C) {
-        Frag x = frag_read<true>(a + 8 * k * ld + 8 * r, ld, at);
-        HLA_UNROLL
-        for (int j = 0; j < C; j++) {
-          if (r <= col + j) frag_mma(c.f[r][j], x, b.f[k][j]);
-        }
-      }
-    }
-  }
-}
-
-// c += x y^T for 8 rows of x and 8 rows of y, both 8K wide in threadgroup memory.
-template <int K, typename PX, typename PY>
-FUNC void block_mma(OWN Frag& c, PX x, int ldx, PY y, int ldy, Spot at) {
-  Frag odd = frag_zero();
-  HLA_UNROLL
-  for (int k = 0; k < K; k++) {
-    fence_loads();
-    Frag a = frag_read<false>(x + 8 * k, ldx, at);
-    Frag b = frag_read<true>(y + 8 * k, ldy, at);
-    frag_mma(k % 2 ? odd : c, a, b);
-  }
-  const Pair sum = frag_get(c) + frag_get(odd);
-  frag_set(c, sum[0], sum[1]);
 }

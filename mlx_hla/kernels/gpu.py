@@ -16,7 +16,7 @@ class GPU:
     """name: what `backend` calls it; title: what people do. chip: what it is, in words.
 
     maker_name: the function of `mx.fast` that builds a kernel. words: the file in metal/ whose sections take
-    the place of those of tiles.metal, if any. rounds: calls in bfloat16 have a variant of their own.
+    the place of those of *.metal, if any. rounds: calls in bfloat16 have a variant of their own.
     heads_first: the heads are the grid's x axis, not its z. unasked: `backend=None` takes its kernels.
     per_core: threadgroups that keep a core busy; fill: those that keep a GPU busy whose cores are unknown.
     """

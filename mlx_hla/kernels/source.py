@@ -1,7 +1,8 @@
 """Finds metal/, splits its files into a shared header and kernel bodies, and builds kernels when used.
 
-The bodies are one text for every GPU. What a GPU has of its own are sections of tiles.metal; where it has a
-file of such sections, `GPU.words`, each takes the place of the one with the same heading.
+The bodies are one text for every GPU. What a GPU has of its own are sections of tiles.metal and of
+products.metal; where it has a file of such sections, `GPU.words`, each takes the place of the one with the
+same heading.
 
 A file of `metal/` is a header (helpers, contracts) and kernels, each of them
 
@@ -98,13 +99,10 @@ def sections(text: str) -> dict[str, str]:
 def text_of(file: str, device: GPU = METAL) -> str:
     """What stands in metal/<file>.metal, for this GPU."""
     text = (folder() / f"{file}.metal").read_text(encoding="ascii")
-    if file != HELPERS or device.words is None:
+    if device.words is None:
         return text
     own = sections((folder() / device.words).read_text(encoding="ascii"))
-    own[""] = ""
-    found = sections(text)
-    assert own.keys() <= found.keys(), own.keys() - found.keys()
-    return "".join((found | own).values())
+    return "".join(own[name] if name and name in own else its for name, its in sections(text).items())
 
 
 @cache

@@ -100,8 +100,7 @@ launched = []  # names of kernels
 
 def _without_asm(header):
     """The header less its functions of one asm statement: those are in cuda_on_cpu.h."""
-    text, n = re.subn(r"^FUNC \w+ \w+\([^()]*\) \{[^}]*\basm\b.*?\}(?=\n\n)", "", header, flags=re.M | re.S)
-    assert n == 8
+    text = re.sub(r"^FUNC \w+ \w+\([^()]*\) \{[^}]*\basm\b.*?\}(?=\n\n)", "", header, flags=re.M | re.S)
     assert "asm" not in re.sub(r"//.*", "", text)
     return text
 
