@@ -37,7 +37,11 @@ FUNC Place place_of(S strides, int batch, int head) {
   return at;
 }
 
-// What a lane adds up for each of G outputs, of the columns lane + 32 c.
+// Columns of a row that a lane has: neighbours, where the rows lie together one load and one store.
+template <int WIDTH>
+FUNC constexpr int lane_columns() { return WIDTH <= 32 ? 1 : WIDTH <= 64 ? 2 : 4; }
+
+// What a lane adds up for each of G outputs, of C columns: its neighbours, or where SPREAD lane + 32 c.
 template <int G, int C>
 struct Sums {
   float of[G][C];
@@ -54,14 +58,14 @@ FUNC void sums_zero(OWN Sums<G, C>& sums) {
 
 // out [G, WIDTH] = scale (the sums over all simdgroups, and what out holds where ADD). part is scratch of
 // NS * WIDTH floats. Ends with a barrier.
-template <int WIDTH, int NS, bool ADD, int G, int C>
+template <int WIDTH, int NS, bool ADD, bool SPREAD, int G, int C>
 FUNC void sums_write(
     OWN Sums<G, C>& sums, float scale, IN_SHARED float* part, IN_SHARED float* out, Launch launch) {
   HLA_UNROLL
   for (int h = 0; h < G; h++) {
     HLA_UNROLL
     for (int c = 0; c < C; c++) {
-      int col = launch.lane + 32 * c;
+      int col = SPREAD ? launch.lane + 32 * c : C * launch.lane + c;
       if (col < WIDTH) part[launch.simdgroup * WIDTH + col] = sums.of[h][c];
     }
     sync_threadgroup();
@@ -81,22 +85,28 @@ FUNC void step_la(
     P old_state, Place from, Q new_state, long to, float decay, IN_SHARED const float* y,
     IN_SHARED const float* z, IN_SHARED const float* x, float scale, IN_SHARED float* part,
     IN_SHARED float* out, Launch launch) {
-  constexpr int C = (DZ + 31) / 32;
+  constexpr int C = lane_columns<DZ>();
+  constexpr bool WHOLE = DZ % C == 0;
+  const int col = C * launch.lane, count = DZ - col;
+  const bool runs = in_runs<C>(old_state + from.base, from.row_step, from.col_step, DZ);
+  const Floats<C> own = floats_read<C>(z + col, 1, count, WHOLE);
   Sums<G, C> sums;
   sums_zero(sums);
   for (int row = launch.simdgroup; row < DY; row += NS) {
+    const long place = from.base + row * from.row_step + col * from.col_step;
+    Floats<C> s = floats_read<C>(old_state + place, from.col_step, count, runs);
+    const float key = y[row];
     HLA_UNROLL
-    for (int c = 0; c < C; c++) {
-      int col = launch.lane + 32 * c;
-      if (col < DZ) {
-        float s = decay * old_state[from.base + row * from.row_step + col * from.col_step] + y[row] * z[col];
-        new_state[to + row * DZ + col] = s;
-        HLA_UNROLL
-        for (int h = 0; h < G; h++) sums.of[h][c] += s * x[h * DY + row];
-      }
+    for (int c = 0; c < C; c++) s.of[c] = decay * s.of[c] + key * own.of[c];
+    floats_write<float>(new_state + to + row * DZ + col, 1, count, WHOLE, s);
+    HLA_UNROLL
+    for (int h = 0; h < G; h++) {
+      const float query = x[h * DY + row];
+      HLA_UNROLL
+      for (int c = 0; c < C; c++) sums.of[h][c] += s.of[c] * query;
     }
   }
-  sums_write<DZ, NS, false>(sums, scale, part, out, launch);
+  sums_write<DZ, NS, false, false>(sums, scale, part, out, launch);
 }
 
 // The same for y = z and a symmetric state of which only the upper triangle lies in memory: element (row, col)
@@ -133,7 +143,7 @@ FUNC void step_la_packed(
       if (launch.lane == 0) out[h * D + row] = total;
     }
   }
-  sums_write<D, NS, true>(sums, scale, part, out, launch);
+  sums_write<D, NS, true, true>(sums, scale, part, out, launch);
 }
 
 // The step of the symmetric state S = LA(k, k) for the group's queries, packed or whole.

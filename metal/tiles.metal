@@ -143,6 +143,14 @@ struct Floats {
     for (int e = 0; e < N; e++) x.of[e] = static_cast<float>(run[e]);
     return x;
   }
+
+  template <typename T, typename P>
+  static FUNC void write(P p, Floats x) {
+    Run<T, N> run;
+    HLA_UNROLL
+    for (int e = 0; e < N; e++) run[e] = static_cast<T>(x.of[e]);
+    run_write(p, run);
+  }
 };
 
 template <>
@@ -155,7 +163,46 @@ struct Floats<1> {
     x.of[0] = static_cast<float>(*p);
     return x;
   }
+
+  template <typename T, typename P>
+  static FUNC void write(P p, Floats x) { *p = static_cast<T>(x.of[0]); }
 };
+
+// Whether the rows of a block at p consist of runs that one load or store moves; the same for all lanes.
+template <int N, typename P>
+FUNC bool in_runs(P p, int row_step, int col_step, int cols) {
+  return col_step == 1 && ((cols | row_step) & (N - 1)) == 0 && at_multiple(p, N * sizeof(*p));
+}
+
+// N elements from p on, zeros from the count-th on; runs: see in_runs.
+template <int N, typename P>
+FUNC Floats<N> floats_read(P p, int step, int count, bool runs) {
+  Floats<N> x;
+  HLA_UNROLL
+  for (int e = 0; e < N; e++) x.of[e] = 0.0f;
+  if (runs) {
+    if (count > 0) x = Floats<N>::read(p);
+  } else {
+    HLA_UNROLL
+    for (int e = 0; e < N; e++) {
+      if (e < count) x.of[e] = static_cast<float>(p[e * step]);
+    }
+  }
+  return x;
+}
+
+// The inverse.
+template <typename T, int N, typename P>
+FUNC void floats_write(P p, int step, int count, bool runs, Floats<N> x) {
+  if (runs) {
+    if (count > 0) Floats<N>::template write<T>(p, x);
+  } else {
+    HLA_UNROLL
+    for (int e = 0; e < N; e++) {
+      if (e < count) p[e * step] = static_cast<T>(x.of[e]);
+    }
+  }
+}
 
 template <int G>
 struct Woven {
@@ -232,29 +279,11 @@ FUNC void part_set(OWN Tile<R, C, G>& t, int r, Floats<2 * C> part) {
   for (int c = 0; c < C; c++) frag_set(t.f[r][c], part.of[2 * c], part.of[2 * c + 1]);
 }
 
-// Whether the rows of a block at p consist of runs that one load or store moves; the same for all lanes.
-template <int N, typename P>
-FUNC bool in_runs(P p, int row_step, int col_step, int cols) {
-  return col_step == 1 && ((cols | row_step) & (N - 1)) == 0 && at_multiple(p, N * sizeof(*p));
-}
-
 // A lane's part of the row at p, zero from column `cols` on and if not `there`.
 template <int C, typename P>
 FUNC Floats<2 * C> part_read(P p, int col_step, int cols, bool runs, bool there, Spot at) {
-  constexpr int N = 2 * C;
   const int col = C * at.col;
-  Floats<2 * C> part;
-  HLA_UNROLL
-  for (int e = 0; e < N; e++) part.of[e] = 0.0f;
-  if (runs) {
-    if (there && col < cols) part = Floats<N>::read(p + col);
-  } else {
-    HLA_UNROLL
-    for (int e = 0; e < N; e++) {
-      if (there && col + e < cols) part.of[e] = static_cast<float>(p[(col + e) * col_step]);
-    }
-  }
-  return part;
+  return floats_read<2 * C>(p + col * col_step, col_step, there ? cols - col : 0, runs);
 }
 
 // t = the block at p, element (r, c) at p[r row_step + c col_step], zero from row `rows`, column `cols` on.
@@ -271,23 +300,12 @@ FUNC void tile_read(OWN Tile<R, C, G>& t, P p, int row_step, int col_step, int r
 // The inverse of tile_read.
 template <typename T, int R, int C, int G, typename P>
 FUNC void tile_write(OWN Tile<R, C, G>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
-  constexpr int N = 2 * C;
-  const bool runs = in_runs<N>(p, row_step, col_step, cols);
+  const bool runs = in_runs<2 * C>(p, row_step, col_step, cols);
   HLA_UNROLL
   for (int r = 0; r < R; r++) {
     const int row = woven_row<G>(r, at), col = C * at.col;
     const Floats<2 * C> part = part_get(t, r);
-    if (row < rows && runs && col < cols) {
-      Run<T, N> run;
-      HLA_UNROLL
-      for (int e = 0; e < N; e++) run[e] = static_cast<T>(part.of[e]);
-      run_write(p + row * row_step + col, run);
-    } else if (row < rows && !runs) {
-      HLA_UNROLL
-      for (int e = 0; e < N; e++) {
-        if (col + e < cols) p[row * row_step + (col + e) * col_step] = static_cast<T>(part.of[e]);
-      }
-    }
+    floats_write<T>(p + row * row_step + col * col_step, col_step, row < rows ? cols - col : 0, runs, part);
   }
 }
 
@@ -322,12 +340,7 @@ FUNC void tile_put(OWN Tile<R, C>& t, IN_SHARED float* p, int ld, int cols, Spot
   HLA_UNROLL
   for (int r = 0; r < R; r++) {
     const Floats<2 * C> part = part_get(t, r);
-    if (C * at.col < cols) {
-      Run<float, 2 * C> run;
-      HLA_UNROLL
-      for (int e = 0; e < 2 * C; e++) run[e] = part.of[e];
-      run_write(p + (8 * r + at.row) * ld + C * at.col, run);
-    }
+    floats_write<float>(p + (8 * r + at.row) * ld + C * at.col, 1, cols - C * at.col, true, part);
   }
 }
 

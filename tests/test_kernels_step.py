@@ -72,6 +72,48 @@ def test_a_step_is_one_launch_without_copies(monkeypatch, op):
     assert all(mx.array_equal(a, b) for a, b in zip(state, other[1], strict=True) if a is not None)
 
 
+@pytest.mark.parametrize("D", [16, 40, 72, 128])
+@pytest.mark.parametrize("layout", ["shifted", "spread", "longer", "turned"])
+@each_family
+def test_a_state_in_any_layout(monkeypatch, op, layout, D):
+    """The same bits from rows that do not lie together, or not where a load of 2 or 4 elements is aligned."""
+    metal.install(monkeypatch)
+
+    def placed(x):
+        if layout == "turned":
+            return mx.contiguous(x.swapaxes(2, 3)).swapaxes(2, 3)
+        if layout == "spread":
+            return mx.repeat(x, 2, axis=3)[..., ::2]
+        start, spare = {"shifted": (1, 4), "longer": (0, 1)}[layout]
+        return mx.pad(x, [(0, 0)] * 3 + [(start, spare)], constant_values=float("nan"))[
+            ..., start : start + D
+        ]
+
+    problem = KernelProblem(op, Case(T=1, D=D, V=D, decay="gates", carried=True), make=through_steps)
+    o, state = problem.run()
+    arrays = {
+        n: placed(x) if n.startswith("state.") and x.ndim == 4 else x for n, x in problem.arrays.items()
+    }
+    with metal.counters() as c:
+        other = problem.call(*arrays.values())
+        mx.eval(other)
+    assert c.copies == 0
+    assert mx.array_equal(o, other[0])
+    assert all(mx.array_equal(a, b) for a, b in zip(state, other[1], strict=True) if a is not None)
+
+
+@pytest.mark.parametrize("D", [32, 64, 96, 128])
+def test_a_state_is_loaded_and_stored_in_runs(monkeypatch, D):
+    metal.install(monkeypatch)
+    q, k, v = (mx.array(normal(i, 1, 1, D), mx.float32) for i in range(3))
+    state = mx.array(normal(3, 1, 1, D, D), mx.float32)
+    with metal.counters() as c:
+        mx.eval(step("first", q, k, v, None, [state]))
+    runs = D * D / {32: 1, 64: 2, 96: 4, 128: 4}[D]
+    assert c.device_stores == runs + D
+    assert c.device_loads < runs + 3 * D + 24 * 32 * 16  # shapes, strides and numbers
+
+
 @pytest.mark.parametrize("family", PLAIN)
 def test_a_zero_decay_forgets(monkeypatch, family):
     metal.install(monkeypatch)
