@@ -110,7 +110,7 @@ SELECTIONS = {
         "not D128 and not D64",
     ],
     None: [
-        ["test_kernels_values.py", "test_kernels_edges.py", "test_kernels_cost.py"],
+        ["test_kernels_values.py", "test_kernels_step.py", "test_kernels_edges.py", "test_kernels_cost.py"],
         "not half_precision and not D64 and not D96 and not V128 and not agree_to_the_bit",
     ],
 }

@@ -151,6 +151,20 @@ def test_chunks_fit_the_threadgroup():
                 assert plan.wide_chunk(D, dtype) in (16, 32)
 
 
+def test_a_core_has_room_for_some_threadgroups(monkeypatch):
+    """Of HLA2's, on either GPU, or the narrowest chunk is taken; none is narrower than it must be."""
+    for device in kernels.gpu.GPUS:
+        monkeypatch.setattr(kernels.gpu, "here", lambda device=device: device)
+        for dtype in (mx.float16, mx.float32):
+            for D in range(8, 97, 8):
+                staged, width = [(D, dtype), (D, dtype), (D, mx.float32)], plan.wide_chunk(D, dtype)
+                fit = {w: plan.RESIDENT * plan.chunk_bytes(w, staged) <= device.core_bytes for w in (16, 32)}
+                fits_one = plan.chunk_bytes(32, staged) <= plan.THREADGROUP_BYTES
+                assert width == (32 if fit[32] and fits_one else 16), (device.name, D, dtype)
+    monkeypatch.setattr(kernels.gpu, "here", lambda: kernels.gpu.METAL)
+    assert [plan.wide_chunk(D, mx.bfloat16) for D in (32, 64, 96)] == [32, 16, 16]
+
+
 def test_no_chunk_fits_in_words():
     with pytest.raises(ValueError, match="no chunk width fits"):
         plan.staged_width([(512, mx.float32), (512, mx.float32)])

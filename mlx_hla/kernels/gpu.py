@@ -18,13 +18,15 @@ class GPU:
     maker_name: the function of `mx.fast` that builds a kernel. words: the file in metal/ whose sections take
     the place of those of *.metal, if any. rounds: calls in bfloat16 have a variant of their own.
     heads_first: the heads are the grid's x axis, not its z. unasked: `backend=None` takes its kernels.
-    per_core: threadgroups that keep a core busy; fill: those that keep a GPU busy whose cores are unknown.
+    core_bytes: threadgroup memory of a core. per_core: threadgroups that keep one busy; fill: those that keep
+    a GPU busy whose cores are unknown.
     """
 
     name: str
     title: str
     chip: str
     maker_name: str
+    core_bytes: int
     per_core: int
     fill: int
     words: str | None = None
@@ -43,16 +45,18 @@ class GPU:
         return threads[2] * width, threads[1], threads[0] // width
 
 
-# per_core of an Apple GPU is a guess from its 60 KiB of threadgroup memory a core, by philipturner's
-# metal-benchmarks: 2 to 4 of the sequence kernels' threadgroups have room, with 31 to 14 KiB each.
+# core_bytes: of an M1 by philipturner's metal-benchmarks, taken for all; the least of NVIDIA's from 8.0 on, by
+# its programming guide. per_core of an Apple GPU is a guess from that: 1 to 5 of the sequence kernels'
+# threadgroups have room.
 # On CUDA compiled plain ops are on a par with the kernels at 65,536 tokens and faster at 4,096 (HLA2, 16
 # heads of 64, metal/README.md), and every process compiles what it uses of the kernels for seconds.
-METAL = GPU("metal", "Metal", "an Apple GPU", "metal_kernel", per_core=3, fill=64)
+METAL = GPU("metal", "Metal", "an Apple GPU", "metal_kernel", core_bytes=60 * 1024, per_core=3, fill=64)
 CUDA = GPU(
     "cuda",
     "CUDA",
     "an NVIDIA GPU of compute capability 8.0 or later",
     "cuda_kernel",
+    core_bytes=100 * 1024,
     per_core=4,
     fill=512,
     words="tiles.cuh",

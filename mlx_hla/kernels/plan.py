@@ -43,11 +43,15 @@ class Blocks:
     count: int
 
 
-def staged_width(staged: list[tuple[int, mx.Dtype]]) -> int:
-    """32 tokens to a chunk where the staged tiles (dim, dtype) and the scores fit, else 16."""
+def chunk_bytes(width: int, staged: list[tuple[int, mx.Dtype]]) -> int:
+    """Threadgroup bytes of a chunk's staged tiles (dim, dtype), its scores and its decay."""
+    return 4 * width * (width + 4) + 16 * width + sum(tile_bytes(width, *tile) for tile in staged)
+
+
+def staged_width(staged: list[tuple[int, mx.Dtype]], room: int = THREADGROUP_BYTES) -> int:
+    """32 tokens to a chunk where that fits the room, else 16."""
     for width in (32, 16):
-        scores = 4 * width * (width + 4) + 16 * width
-        if scores + sum(tile_bytes(width, dim, dtype) for dim, dtype in staged) <= THREADGROUP_BYTES:
+        if chunk_bytes(width, staged) <= room:
             return width
     raise ValueError(f"no chunk width fits {staged}")
 
@@ -70,9 +74,18 @@ def fused(width: int) -> int | None:
     return next((stripe for limit, stripe in FUSED if width <= limit), None)
 
 
+RESIDENT = 3  # threadgroups with two states that a core is to have room for: one computes while others wait
+
+
 def wide_chunk(dim: int, dtype: mx.Dtype) -> int:
-    """Chunk width of a kernel that stages q, k and a float32 K̃."""
-    return staged_width([(dim, dtype), (dim, dtype), (dim, mx.float32)])
+    """Chunk width of a kernel that stages q, k and a float32 K̃.
+
+    On an Apple GPU a chunk of 32 tokens of 64 columns leaves room for two threadgroups of 4 simdgroups to a
+    core, too few to hide what they wait for; of 16 tokens five fit, with a tenth less arithmetic in all.
+    """
+    staged = [(dim, dtype), (dim, dtype), (dim, mx.float32)]
+    room = max(gpu.language().core_bytes // RESIDENT, chunk_bytes(16, staged))
+    return staged_width(staged, min(room, THREADGROUP_BYTES))
 
 
 MAX_GROUP = 16  # query heads per key-value head that one step keeps sums for in registers
