@@ -23,7 +23,7 @@ from mlx_hla.verdicts import Verdict
 needs_standin = pytest.mark.skipif(metal.why_not() is not None, reason=str(metal.why_not()))
 SEQUENCE = Subject("first", "sequence", "float32", 64)
 STEP = Subject("first", "step", "float32", 64)
-BROKEN = ("s * x[h * DY + row]", "s * x[h * DY]")  # the step reads one element of q for all
+BROKEN = ("query = x[h * DY + row]", "query = x[h * DY]")  # the step reads one element of q for all
 SLOW, FAST = (3.0, 1.0), (1.0, 3.0)
 
 

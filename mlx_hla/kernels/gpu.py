@@ -45,9 +45,9 @@ class GPU:
         return threads[2] * width, threads[1], threads[0] // width
 
 
-# core_bytes: of an M1 by philipturner's metal-benchmarks, taken for all; the least of NVIDIA's from 8.0 on, by
-# its programming guide. per_core of an Apple GPU is a guess from that: 1 to 5 of the sequence kernels'
-# threadgroups have room.
+# core_bytes: of an M1 by philipturner's metal-benchmarks, taken for all; the least of NVIDIA's from 8.0 on,
+# by its programming guide. per_core of an Apple GPU is a guess from that: it has room for 1 to 5 threadgroups
+# of the sequence kernels.
 # On CUDA compiled plain ops are on a par with the kernels at 65,536 tokens and faster at 4,096 (HLA2, 16
 # heads of 64, metal/README.md), and every process compiles what it uses of the kernels for seconds.
 METAL = GPU("metal", "Metal", "an Apple GPU", "metal_kernel", core_bytes=60 * 1024, per_core=3, fill=64)
