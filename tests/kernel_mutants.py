@@ -100,6 +100,7 @@ EQUIVALENT = [
     ("turn an equality", "? whole[0] : whole[1]", "a log's two parts are only ever added"),
     ("one thread too few", "i < rows; i += launch.threads", "64 threads or more, and rows at most 32"),
     ("one thread too few", "i < W; i += launch.threads", "64 threads or more, and W is at most 32"),
+    ("round too early", "there ? src[", "twice zero is zero"),
     ("take the last stride for 1", "plus_strides[3]", "plus is what back_queries wrote: contiguous"),
 ]
 
