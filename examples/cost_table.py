@@ -116,6 +116,9 @@ TARGETS = (
     Target("hla2", "forward", 64, 2.5, 1.3),
     Target("hla2", "forward", 16, 2.5, 1.3),
     Target("hla2", "forward", 1, 2.5, 1.3),
+    Target("hla2", "backward", 16, 4, None),
+    Target("ahla", "forward", 16, 2.5, None),
+    Target("hla3", "forward", 16, 3, None),
     *(Target(family, "step", 16, 1.05, None) for family in FAMILIES),
     *(Target(family, "packed step", 16, 1.05, None) for family in PACKED),
     Target("hla2", "normalised step", 16, 1.05, None),
@@ -288,8 +291,9 @@ def measure(metal, T: int, dims: list[int]) -> list[Row]:
     for D in dims:
         for family in FAMILIES:
             add(*sequence_rows(metal, family, T, D, 16))
-            if family == "hla2":  # the rule: 64 heads are walked from end to end, one head is cut the finest
+            if family in kernels.FUSED:  # the rule: 64 heads are walked from end to end
                 add(*sequence_rows(metal, family, T, D, 64, backward=False))
+            if family == "hla2":  # and one head is cut the finest
                 add(*sequence_rows(metal, family, T, D, 1, backward=False))
             add(step_row(metal, family, D))
             if family in PACKED:
@@ -323,16 +327,16 @@ def schedule(r: Row, T: int) -> str:
 
 
 NOTES = {
-    "a": "Not fused: the first-order passes run one after the other; each reads its operands, forms its own "
-    "scores and writes its result for the next.",
-    "b": "HLA2 is fused up to D = 96. At 128 its two states of 64 KiB each overrun the registers, so its "
-    "passes run one after the other, and K̃ goes through memory.",
-    "c": "Cut into blocks, so that few heads fill a GPU: what the blocks' sums are made of is read again, "
-    "HLA2 writes K̃ and reads it again, and float32 states go through memory at every border: one is as many "
-    "bytes as 32 tokens of q, k, v and o at D = 64, as 64 tokens at D = 128. Shorter blocks cost more.",
-    "d": "Each first-order pass goes back in two walks, one for the queries' gradient and one for the keys', "
-    "values' and decay's; each reads its operands and forms its own scores. The states before every chunk go "
-    "through memory in float32 for the decay's gradient, two fifths of HLA2's traffic at D = 64.",
+    "a": "Fused up to D = 96, HLA3 up to 80. At 128 two states of 64 KiB overrun the registers: passes run "
+    "one after the other; each reads its operands, forms its own scores and writes its result for the next.",
+    "b": "Cut into blocks, so that few heads fill a GPU: what the blocks' sums are made of is read again (k, "
+    "and in AHLA and HLA3 v), what comes between the passes is written and read again (K̃, r), and float32 "
+    "states go through memory at every border: one is as many bytes as 32 tokens of q, k, v and o at D = 64, "
+    "as 64 tokens at D = 128. Shorter blocks cost more. By the second read of v AHLA misses its target.",
+    "c": "Each first-order pass goes back in two walks, one for the queries' gradient and one for the keys', "
+    "values' and decay's; each reads its operands and forms its own scores. For the decay's gradient the "
+    "state before every eighth chunk goes through memory, in float32 before every chunk. A chunk with a "
+    "decay below 1/4 among slow ones (here there is none) reads up to seven chunks' keys and values again.",
 }
 
 
@@ -341,9 +345,9 @@ def notes(r: Row, T: int) -> list[str]:
     if "step" in r.kind:
         return []
     if r.kind == "backward":
-        return ["d"]
-    letters = {"first": "", "hla2": "" if plan.fused(r.D) else "b"}.get(r.family, "a")
-    return list(letters + ("" if schedule(r, T) == "walk" else "c"))
+        return ["c"]
+    letters = "" if r.family == "first" or plan.fused(r.family, r.D) else "a"
+    return list(letters + ("" if schedule(r, T) == "walk" else "b"))
 
 
 def targets(rows: list[Row], T: int):

@@ -11,12 +11,23 @@
 //     r_t = sum_{i >= t > j} M_ij + sum_{i >= t} a_i + sum_{j < t} c_j + whole
 //     a_i = scale b_i^p x_i^T S d_i    c_j = (b_end / b_j)^p y_j^T G z_j    whole = b_end^p <S, G>
 //
-// Nothing is subtracted, so a tiny r_t keeps its digits. A decay of 0 counts as 1e-30 in the factors b and D of
-// these terms, which the division takes out again; everywhere else it is an exact zero. So the dg of a token whose
-// r_t goes through another zero is not 0 but 1e-30 of what it would be with a 1 there.
+// A decay of 0 counts as 1e-30 in the factors b and D of these terms, which the division takes out again; everywhere
+// else it is an exact zero. So the dg of a token whose r_t goes through another zero is not 0 but 1e-30 of what it
+// would be with a 1 there.
 //
-//     back_queries   forward in time with S: dx, and for the decay a and S before every chunk   (grid NB x B Ho)
+//     back_queries   forward in time with S: dx, and for the decay a and some of the states S   (grid NB x B Ho)
 //     back_keys      backward in time with G: dy, dz and r                                       (grid NB x B Ho)
+//
+// `whole` wants both states, and the walks meet in memory only: S is kept every KEEP tokens of a block. What goes
+// across a border is h = <S, G> there, all that holds the decay between two tokens; over a chunk
+//
+//     h_after = whole + sum_j c_j      h_before = whole + sum_i a_i
+//
+// so back_keys takes h from the S kept at the end of KEEP tokens and goes on from chunk to chunk. That subtracts, and
+// leaves in the dg of a token a rounding error of h over its decay; the products that h is made of are EXACT. A chunk
+// with a decay below SMALL subtracts nothing, and a tiny r_t keeps its digits: <S, G> is followed, for the G after the
+// chunk, from the S kept before it, h = b_end^p h + sum_j c_j over every chunk between; or, where all its decays leave
+// of <S, G> less than its rounding, whole is 0. With KEEP = W every chunk is followed, over none between.
 //
 // Both take the blocks of L tokens, in chunks of W. The forward has given S at the borders of the blocks, and
 // linear_sums and linear_scan give G there. Heads and threads are as in linear.metal.
@@ -26,44 +37,9 @@
 // columns the two states of back_keys would take 512 threads, more than their registers allow (plan.REGISTERS), so
 // two threadgroups of 256 divide a head's columns.
 // Mirrors passes.gradients.
-//# uses: linear
+//# uses: linear dots
 
-CONSTANT float LOG_TINY = -69.07755f;
-
-// This lane's part of the sum of all products of fragment row r of t and the block at p, which is zero
-// outside rows x cols; runs: see in_runs.
-template <int R, int C, int G, typename P>
-FUNC float tile_row_dot(
-    OWN Tile<R, C, G>& t, int r, P p, int row_step, int col_step, bool runs, int rows, int cols, Spot at) {
-  const int row = woven_row<G>(r, at);
-  const Floats<2 * C> mine = part_get(t, r), other = part_read<C>(p + row * row_step, col_step, cols, runs, row < rows, at);
-  float sum = 0.0f;
-  HLA_UNROLL
-  for (int e = 0; e < 2 * C; e++) sum += mine.of[e] * other.of[e];
-  return sum;
-}
-
-// This lane's part of the sum over all rows.
-template <int R, int C, int G, typename P>
-FUNC float tile_dot(OWN Tile<R, C, G>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
-  const bool runs = in_runs<2 * C>(p, row_step, col_step, cols);
-  float sum = 0.0f;
-  HLA_UNROLL
-  for (int r = 0; r < R; r++) sum += tile_row_dot(t, r, p, row_step, col_step, runs, rows, cols, at);
-  return sum;
-}
-
-// sums[r] = the dot product of row r of both.
-template <int R, int C, typename P>
-FUNC void tile_dot_rows(
-    IN_SHARED float* sums, OWN Tile<R, C>& t, P p, int row_step, int col_step, bool runs, int rows, int cols,
-    Spot at) {
-  HLA_UNROLL
-  for (int r = 0; r < R; r++) {
-    const float sum = row_sum(tile_row_dot(t, r, p, row_step, col_step, runs, rows, cols, at));
-    if (at.col == 0) sums[8 * r + at.row] = sum;
-  }
-}
+CONSTANT float LOG_TINY = -69.07755f, SMALL = 0.25f, NOTHING = 1.0f / 16777216;
 
 // stage_decay with a decay of 0 as exact zero and, where its gradient is wanted, as 1e-30 too.
 template <int W, bool DECAY, typename P>
@@ -73,6 +49,15 @@ FUNC void stage_both_decays(IN_SHARED Pair* cum, IN_SHARED Pair* least, P g, lon
     decay_sums(cum, W, decay, LOG_ZERO, launch.lane);
     if (DECAY) decay_sums(least, W, decay, LOG_TINY, launch.lane);
   }
+}
+
+// Of a chunk with decays below SMALL, a bound of b_end^p over any of them; 2 where none is. For the first simdgroup.
+template <typename P>
+FUNC float past_small(P g, long step, int rows, float power, Launch launch) {
+  const float decay = launch.lane < rows ? g[launch.lane * step] : 1.0f;
+  const float count = lanes_sum(decay < SMALL ? 1.0f : 0.0f);
+  const float most = exp(power * lanes_sum(log(decay < SMALL ? SMALL : decay))) / SMALL;
+  return count > 0.0f ? most : 2.0f;
 }
 
 // The rest of one gradient's columns of a chunk, out = (b_end / b)^p out + P^T right, where out holds what G at the
@@ -100,22 +85,27 @@ FUNC void step_back(
   const long z_base = batch * z_strides[0] + (head * z_shape[2] / ho) * z_strides[2];
   const long d_base = batch * d_strides[0] + head * d_strides[2];
   const long g_base = batch * g_strides[0] + (head * g_shape[2] / ho) * g_strides[2];
+  // Of the states S that a head keeps: those of a block, the first of this one, and of all with that after the end.
+  const int of_block = (ints[0] + KEEP - 1) / KEEP, kept_first = block * of_block, blocks = launch.groups.y;
+  const int of_head = (blocks - 1) * of_block + (total - (blocks - 1) * ints[0] + KEEP - 1) / KEEP + 1;
 //# end
 
 //# kernel back_queries
 //# inputs: x y z d g entry plus ints floats
-//# outputs: dx a borders
+//# outputs: dx a kept
 //
 // x [B, T, Hx, DY], y, z, d [B, T, Ho, DZ], g: any strides. entry [B, Hs, NB, DY, DZ] float32, any strides: S
 // entering each block. ints: L. floats: p, scale. dx [B, T, Ho, DY] in TO, plus `plus` of the same shape, any
-// strides, where PLUS. DECAY: a [B, T, Ho] float32; borders [B, Hs, ceil(T / W), DZ, DY] float32: S^T before
-// each chunk, by the first of the heads that share it. Without DECAY both have one element, zero.
-// TZ, TD, TO dtypes, DY, DZ widths, W chunk, NC stripe; DECAY, PLUS; SAME: z is y, which is read once.
+// strides, where PLUS. DECAY: a [B, T, Ho] float32; kept [B, Hs, M, DZ, DY] float32: S^T every KEEP tokens of
+// each block from its first on, and after the last token, by the first of the heads that share it. Without DECAY
+// both have one element, zero.
+// TZ, TD, TO dtypes, DY, DZ widths, W chunk, KEEP a multiple of it, NC stripe; DECAY, PLUS; SAME: z is y, read once.
 // Threads: 32 per stripe of 8 NC columns of y.
 // Threadgroup bytes: W (DZ' + pad) (sizeof(TD) + sizeof(TZ)) + 4 W (W + 4) + 4 W stripes + 16 W.
 //# body
   constexpr int K = (DZ + 7) / 8, R = W / 8, LDD = 8 * K + 16 / sizeof(TD), LDZ = 8 * K + 16 / sizeof(TZ);
   constexpr int LDP = W + 4, NS = (DY + 8 * NC - 1) / (8 * NC);
+  constexpr bool SELDOM = DECAY && KEEP > W;
   SHARED TD ds[W * LDD];
   SHARED TZ zs[W * LDZ];
   SHARED float ps[W * LDP];
@@ -123,6 +113,8 @@ FUNC void step_back(
   SHARED Pair cum[W], least[W];
 
   const int hs = entry_shape[1], shead = head * hs / ho, col0 = 8 * NC * launch.simdgroup;
+  const bool keeps = DECAY && head % (ho / hs) == 0;
+  const long slot = (long(batch) * hs + shead) * of_head + kept_first;
   State<K, NC> state;  // S^T
   tile_read(state,
             entry + batch * entry_strides[0] + shead * entry_strides[1] + block * entry_strides[2] +
@@ -137,15 +129,14 @@ FUNC void step_back(
     scores<W, K>(ps, LDP, ds, LDD, zs, LDZ, cum, power, scale, launch, at);
     Tile<R, NC> ys, out;
     tile_zero(out);
-    tile_mma<R, K, NC, false, false>(out, ds, LDD, state, at);  // dX = scale b d S^T
+    tile_mma<R, K, NC, false, false, SELDOM>(out, ds, LDD, state, at);  // dX = scale b d S^T
     if (DECAY) {
       const auto xs = x + x_base + t * x_strides[1] + col0 * x_strides[3];
       const int down = int(x_strides[1]), across = int(x_strides[3]);
       const bool runs = in_runs<2 * NC>(xs, down, across, DY - col0);
       tile_dot_rows(reads + launch.simdgroup * W, out, xs, down, across, runs, rows, DY - col0, at);
-      if (head % (ho / hs) == 0) {
-        const long slot = (long(batch) * hs + shead) * ((total + W - 1) / W) + t / W;
-        tile_write<float>(state, borders + slot * (DY * DZ) + col0, DY, 1, DZ, DY - col0, at);
+      if (keeps && u % KEEP == 0) {
+        tile_write<float>(state, kept + (slot + u / KEEP) * (DY * DZ) + col0, DY, 1, DZ, DY - col0, at);
       }
     }
     tile_decay_from_start(out, cum, power, scale, at);
@@ -176,28 +167,34 @@ FUNC void step_back(
     }
     sync_threadgroup();
   }
+  if (keeps && block == blocks - 1) {
+    tile_write<float>(state, kept + (slot + (walk.count + KEEP - 1) / KEEP) * (DY * DZ) + col0, DY, 1, DZ, DY - col0,
+                      at);
+  }
   if (!DECAY && block == 0 && bh == 0 && launch.index == 0) {
     a[0] = 0.0f;
-    borders[0] = 0.0f;
+    kept[0] = 0.0f;
   }
 
 //# kernel back_keys
-//# inputs: x y z d g after a borders ints floats
+//# inputs: x y z d g after a kept ints floats
 //# outputs: dy dz r first
 //
-// x, y, z, d, g: as in back_queries, with its a and borders where DECAY. after [B, Ho, NB, DY, DZ] float32, any
+// x, y, z, d, g: as in back_queries, with its a and kept where DECAY. after [B, Ho, NB, DY, DZ] float32, any
 // strides: G leaving each block at its end. ints: L. floats: p, scale.
 // dy [B, T, Ho, DY] in TOY, dz [B, T, Ho, DZ] in TOZ; SAME: dy is the sum of both and dz one element, zero.
 // r [B, T, Ho, HALVES] float32, in parts to be added (without DECAY one element, zero); first [B, Ho, DY, DZ]
 // float32: G before the first token.
-// TX, TY, TZ, TD, TOY, TOZ dtypes, DY, DZ widths, W chunk, NC stripe, HALVES, DECAY; SAME: z is y, read once.
+// TX, TY, TZ, TD, TOY, TOZ dtypes, DY, DZ widths, W chunk, KEEP as there, NC stripe, HALVES, DECAY; SAME: z is y,
+// read once.
 // Threads: 32 per stripe of 8 NC columns of the wider of dy and dz, for dz and as many for dy; HALVES = 2:
 // half of them in each of two threadgroups, x of the grid.
 // Threadgroup bytes: W (M' + pad) (sizeof(TX) + sizeof(TY) + sizeof(TZ) + sizeof(TD)), M' the wider of both,
-// + 8 W (W + 4) + 16 W, and where DECAY 4 (W (W / 4 + 9 + NS) + NS), NS the simdgroups of dz.
+// + 8 W (W + 4) + 16 W, and where DECAY 4 (W (W / 4 + 9 + NS) + NS + 2), NS the simdgroups of dz.
 //# body
   constexpr int K = ((DY > DZ ? DY : DZ) + 7) / 8, R = W / 8, LDP = W + 4;
   constexpr int NS = (K + NC * HALVES - 1) / (NC * HALVES);
+  constexpr bool SELDOM = DECAY && KEEP > W;
   constexpr int LDX = 8 * K + 16 / sizeof(TX), LDY = 8 * K + 16 / sizeof(TY);
   constexpr int LDD = 8 * K + 16 / sizeof(TD), LDZ = 8 * K + 16 / sizeof(TZ), LDS = 8 * K + 4;
   constexpr int XD_BYTES = W * (LDX * sizeof(TX) + LDD * sizeof(TD)), Y_BYTES = W * LDY * sizeof(TY);
@@ -206,7 +203,7 @@ FUNC void step_back(
   SHARED float ps[W * LDP], ms[W * LDP];
   SHARED Pair cum[W], least[W];
   SHARED float by_row[DECAY ? W * R : 1], by_col[DECAY ? W * R : 1], diagonal[DECAY ? W * 8 : 1];
-  SHARED float tails[DECAY ? W : 1], writes[DECAY ? NS * W : 1], wholes[DECAY ? NS : 1];
+  SHARED float tails[DECAY ? W : 1], writes[DECAY ? NS * W : 1], crossing[DECAY ? NS : 1], past[1], whole[1];
   IN_SHARED TX* xs = reinterpret_cast<IN_SHARED TX*>(room);
   IN_SHARED TD* ds = reinterpret_cast<IN_SHARED TD*>(xs + W * LDX);
   IN_SHARED TY* ys = reinterpret_cast<IN_SHARED TY*>(ds + W * LDD);
@@ -223,16 +220,62 @@ FUNC void step_back(
   tile_read(state,
             after + batch * after_strides[0] + head * after_strides[1] + block * after_strides[2] + col0 * across, down,
             across, of_y ? DZ : DY, width - col0, at);
-  for (int u = (walk.count - 1) / W * W; u >= 0; u -= W) {
-    const int rows = min(W, walk.count - u), t = walk.first + u;
-    stage<W, 8 * K>(xs, LDX, x + x_base + t * x_strides[1], int(x_strides[1]), int(x_strides[3]), rows, DY, launch);
-    stage<W, 8 * K>(ds, LDD, d + d_base + t * d_strides[1], int(d_strides[1]), int(d_strides[3]), rows, DZ, launch);
+  float flow = 0.0f;  // h, in the first simdgroup
+  bool followed = false, exact = false, none = false;  // S up to chunk u; whether it must be; whether whole is 0
+  // Chunk u is done when v comes to it, at once or, where S is followed, over those after the S kept before it.
+  for (int u = (walk.count - 1) / W * W, v = u; u >= 0;) {
+    const int rows = min(W, walk.count - v), t = walk.first + v;
+    if (!SELDOM || v == u) {
+      stage<W, 8 * K>(xs, LDX, x + x_base + t * x_strides[1], int(x_strides[1]), int(x_strides[3]), rows, DY, launch);
+      stage<W, 8 * K>(ds, LDD, d + d_base + t * d_strides[1], int(d_strides[1]), int(d_strides[3]), rows, DZ, launch);
+    }
     stage<W, 8 * K>(ys, LDY, y + y_base + t * y_strides[1], int(y_strides[1]), int(y_strides[3]), rows, DY, launch);
     if (!SAME) {
       stage<W, 8 * K>(zs, LDZ, z + z_base + t * z_strides[1], int(z_strides[1]), int(z_strides[3]), rows, DZ, launch);
     }
     stage_both_decays<W, DECAY>(cum, least, g + g_base + t * g_strides[1], g_strides[1], rows, launch);
+    if (SELDOM && launch.simdgroup == 0) {
+      const float most = past_small(g + g_base + t * g_strides[1], g_strides[1], rows, power, launch);
+      if (launch.lane == 0) past[0] = most;
+    }
     sync_threadgroup();
+    Tile<R, NC> out;
+    tile_zero(out);
+    bool met = false;  // S in memory
+    if (SELDOM && v < u) {  // h = b_W h + sum (b_W / b) y^T G z
+      if (!of_y) {
+        tile_mma<R, K, NC, false, false, SELDOM>(out, ys, LDY, state, at);
+        tile_dot_rows(writes + stripe * W, out, zs + col0, LDZ, 1, true, W, 8 * K - col0, at);
+      }
+      sync_threadgroup();
+      if (launch.simdgroup == 0) {
+        float sum = 0.0f;
+        for (int n = 0; n < NS && launch.lane < W; n++) sum += writes[n * W + launch.lane];
+        if (launch.lane < W) sum *= decay_between(cum[W - 1], cum[launch.lane], power);
+        flow = flow * decay_since_start(cum[W - 1], power) + lanes_sum(sum);
+      }
+      sync_threadgroup();
+      v += W;
+      continue;
+    }
+    if (DECAY && !followed) {
+      exact = !SELDOM || (past[0] <= 1.0f && past[0] > NOTHING);
+      none = SELDOM && past[0] <= NOTHING;
+      met = exact || (u + W) % KEEP == 0 || u + W >= walk.count;
+      if (met && of_y) {
+        const long slot = (long(batch) * hs + head * hs / ho) * of_head + kept_first + u / KEEP + (exact ? 0 : 1);
+        const float sum = lanes_sum(tile_dot(state, kept + slot * (DY * DZ) + col0, DY, 1, DZ, DY - col0, at));
+        if (launch.lane == 0) crossing[stripe] = sum;
+      }
+      if (SELDOM && exact && u % KEEP > 0) {
+        sync_threadgroup();
+        flow = 0.0f;
+        for (int n = 0; n < NS; n++) flow += crossing[n];
+        followed = true;
+        v = u / KEEP * KEEP;
+        continue;
+      }
+    }
     // ps = scale D^p (x y^T), ms = scale D^p (d z^T), and M summed over the columns and rows of its blocks.
     for (int n = launch.simdgroup; n < R * (R + 1) / 2; n += launch.threads / 32) {
       const Spot ij = triangle_block(n);
@@ -266,17 +309,10 @@ FUNC void step_back(
         }
       }
     }
-    Tile<R, NC> out;
-    tile_zero(out);
     if (of_y) {
       tile_mma<R, K, NC, false, false>(out, zs, LDZ, state, at);  // dY = (b_W / b) Z G^T
-      if (DECAY) {
-        const long slot = (long(batch) * hs + head * hs / ho) * ((total + W - 1) / W) + t / W;
-        const float sum = lanes_sum(tile_dot(state, borders + slot * (DY * DZ) + col0, DY, 1, DZ, DY - col0, at));
-        if (launch.lane == 0) wholes[stripe] = sum;
-      }
     } else {
-      tile_mma<R, K, NC, false, false>(out, ys, LDY, state, at);  // dZ = (b_W / b) Y G
+      tile_mma<R, K, NC, false, false, SELDOM>(out, ys, LDY, state, at);  // dZ = (b_W / b) Y G
       if (DECAY) tile_dot_rows(writes + stripe * W, out, zs + col0, LDZ, 1, true, W, 8 * K - col0, at);
     }
     sync_threadgroup();
@@ -293,11 +329,14 @@ FUNC void step_back(
         tile_write<TOZ>(out, dz + token * DZ + col0, ho * DZ, 1, rows, DZ - col0, at);
       }
     }
-    if (DECAY) {
+    if (DECAY && launch.simdgroup == 0) {
       // by_row[i][J] becomes a_i + the sum over the blocks before J; tails[j] the sum over the blocks below j's.
-      for (int i = launch.index; i < W; i += launch.threads) {
-        float sum = i < rows && part == 0 ? a[token + i * ho] : 0.0f, c = 0.0f, tail = 0.0f;
-        for (int n = 0; n < NS; n++) c += writes[n * W + i];
+      const int i = launch.lane;
+      float read = 0.0f, write = 0.0f;
+      if (i < W) {
+        if (i < rows && part == 0) read = a[token + i * ho];
+        float sum = read, tail = 0.0f;
+        for (int n = 0; n < NS; n++) write += writes[n * W + i];
         for (int n = 0; n <= i / 8; n++) {
           const float block_sum = by_row[i * R + n];
           by_row[i * R + n] = sum;
@@ -305,13 +344,17 @@ FUNC void step_back(
         }
         for (int n = i / 8 + 1; n < R; n++) tail += by_col[i * R + n];
         tails[i] = tail;
-        writes[i] = c * decay_between(least[W - 1], least[i], power);
-        if (i == 0) {
-          float whole = 0.0f;
-          for (int n = 0; n < NS; n++) whole += wholes[n];
-          wholes[0] = whole * decay_since_start(least[W - 1], power);
-        }
+        write *= decay_between(least[W - 1], least[i], power);
+        writes[i] = write;
       }
+      const float writes_sum = lanes_sum(write), reads_sum = lanes_sum(read);
+      if (met) {
+        flow = 0.0f;
+        for (int n = 0; n < NS; n++) flow += crossing[n];
+      }
+      flow = exact ? flow * decay_since_start(least[W - 1], power) : none ? 0.0f : flow - writes_sum;
+      if (i == 0) whole[0] = flow;
+      flow += reads_sum;  // h before the chunk
     }
     sync_threadgroup();
     if (SAME) {  // the tiles are done with: their room takes dz's part over to dy's simdgroups
@@ -326,7 +369,7 @@ FUNC void step_back(
     if (DECAY) {
       for (int i = launch.index; i < rows; i += launch.threads) {
         const int n = i / 8;
-        float sum = wholes[0];
+        float sum = whole[0];
         for (int j = 0; j < i; j++) sum += writes[j];
         for (int j = 8 * n; j < i; j++) sum += tails[j];
         for (int j = i; j < W; j++) sum += by_row[j * R + n];
@@ -337,6 +380,9 @@ FUNC void step_back(
       }
     }
     if (SAME) sync_threadgroup();
+    u -= W;
+    v = u;
+    followed = false;
   }
   if (block == 0 && !of_y) {
     tile_write<float>(state, first + (long(batch) * ho + head) * (DY * DZ) + col0, DZ, 1, DY, DZ - col0, at);

@@ -32,17 +32,30 @@ FUNC Walk block_walk(int block, int length, int total) {
   return walk;
 }
 
+// The columns from col0 on of a symmetric state, to the end of the chunk y: S = b_W S + Y^T (b_W / b) Y, less the
+// blocks below the diagonal.
+template <int R, int K, int NC, typename PY>
+FUNC void add_symmetric(
+    OWN State<K, NC, true>& state, PY y, int ldy, IN_SHARED const Pair* cum, float power, int col0, Spot at) {
+  Tile<R, NC> right;
+  tile_take_upper(right, y + col0, ldy, 8 * K - col0, at);
+  tile_decay_to_end(right, cum, power, at);
+  tile_scale(state, decay_since_start(cum[8 * R - 1], power));
+  tile_mma_upper<K, R, NC>(state, y, ldy, right, col0 / 8, at);
+}
+
 //# kernel linear_sums
 //# inputs: y z g ints floats
-//# outputs: sums logs
+//# outputs: sums squares logs
 //
-// y, z, g: see above. ints: L, the first block M0. floats: p, scale. For M blocks from M0 on:
+// y, z, g: see above. ints: L, the first block M0. floats: p, scale. For M blocks from M0 on, one element, zero,
+// where not VALUES or not SQUARES:
 // sums [B, Hs, M, DY, DZ] float32: the sum over the block's tokens of (decay to its end)^p y_t z_t^T;
 // BACK: of scale (decay from its start through token t)^p y_t z_t^T.
+// squares [B, Hs, M, DY, DY] float32: the sum of (decay to its end)^p y_t y_t^T.
 // logs [B, Hs, M, 2] float32: log decay over the block in two parts (p = 1).
-// TY dtype, DY, DZ widths, W chunk, NC stripe, BACK; SAME: z is y, which is read once, and the sum is
-// symmetric: only its upper triangle of blocks is computed.
-// Threadgroup bytes: W (DY' + pad) sizeof(TY) + 8 W.
+// TY dtype, DY, DZ widths, W chunk, NC stripe, BACK, VALUES, SQUARES.
+// Threads: 32 per stripe of the wider of what is summed. Threadgroup bytes: W (DY' + pad) sizeof(TY) + 8 W.
 //# body
   constexpr int K = (DY + 7) / 8, R = W / 8, LD = 8 * K + 16 / sizeof(TY);
   SHARED TY ys[W * LD];
@@ -60,8 +73,10 @@ FUNC Walk block_walk(int block, int length, int total) {
   const long z_base = batch * z_strides[0] + (head * z_shape[2] / hs) * z_strides[2] + col0 * z_strides[3];
   const long g_base = batch * g_strides[0] + (head * g_shape[2] / hs) * g_strides[2];
 
-  State<K, NC, SAME> state;
+  State<K, NC> state;
+  State<K, NC, true> square;
   tile_zero(state);
+  tile_zero(square);
   Pair whole = Pair(0.0f, 0.0f);
   const int last_chunk = (walk.count - 1) / W * W;
   for (int n = 0; n <= last_chunk; n += W) {
@@ -69,32 +84,28 @@ FUNC Walk block_walk(int block, int length, int total) {
     stage<W, 8 * K>(ys, LD, y + y_base + t * y_strides[1], int(y_strides[1]), int(y_strides[3]), rows, DY, launch);
     stage_decay<W>(cum, g + g_base + t * g_strides[1], g_strides[1], rows, launch);
     sync_threadgroup();
-    Tile<R, NC> zs;
-    if (SAME) {
-      tile_take_upper(zs, ys + col0, LD, 8 * K - col0, at);
-    } else {
+    if (SQUARES) add_symmetric<R>(square, ys, LD, cum, power, col0, at);
+    if (VALUES) {
+      Tile<R, NC> zs;
       tile_read(zs, z + z_base + t * z_strides[1], int(z_strides[1]), int(z_strides[3]), rows,
                 DZ - col0, at);
-    }
-    if (BACK) {
-      tile_decay_from_start(zs, cum, power, floats[1], at);
-    } else {
-      tile_decay_to_end(zs, cum, power, at);
-    }
-    tile_scale(state, decay_since_start(cum[W - 1], power));
-    if (SAME) {
-      tile_mma_upper<K, R, NC>(state, ys, LD, zs, col0 / 8, at);
-    } else {
+      if (BACK) {
+        tile_decay_from_start(zs, cum, power, floats[1], at);
+      } else {
+        tile_decay_to_end(zs, cum, power, at);
+      }
+      tile_scale(state, decay_since_start(cum[W - 1], power));
       tile_mma<K, R, NC, true, false>(state, ys, LD, zs, at);  // S = b_W S + Y^T (b_W / b) Z
     }
     whole += cum[W - 1];
     sync_threadgroup();
   }
   const long slot = long(bh) * blocks + block;
-  if (SAME) {
-    tile_write_symmetric(state, sums + slot * (DY * DZ), DZ, col0, at);
-  } else {
-    tile_write<float>(state, sums + slot * (DY * DZ) + col0, DZ, 1, DY, DZ - col0, at);
+  if (SQUARES) tile_write_symmetric(square, squares + slot * (DY * DY), DY, col0, at);
+  if (VALUES) tile_write<float>(state, sums + slot * (DY * DZ) + col0, DZ, 1, DY, DZ - col0, at);
+  if (slot == 0 && launch.index == 0) {
+    if (!SQUARES) squares[0] = 0.0f;
+    if (!VALUES) sums[0] = 0.0f;
   }
   if (launch.index < 2) logs[2 * slot + launch.index] = launch.index == 0 ? whole[0] : whole[1];
 
@@ -104,23 +115,34 @@ FUNC Walk block_walk(int block, int length, int total) {
 //
 // sums [B, Hs, M, DY, DZ], logs [B, Hs, M, 2] from linear_sums; first [B, Hs, DY, DZ] float32, any
 // strides, the state before the walk; floats: p. entry [B, Hs, M + 1, DY, DZ] float32: the state at the
-// M + 1 borders of the blocks, in the order of the tokens. A thread owns one element of the state.
-// BACK starts from the last border.
+// M + 1 borders of the blocks, in the order of the tokens. A thread owns EACH elements of the state, a threadgroup's
+// threads apart, for which it reads the decays once. BACK starts from the last border.
 //# body
   const int height = sums_shape[3], width = sums_shape[4], size = height * width;
-  const int heads = sums_shape[1], blocks = sums_shape[2];
-  const int element = launch.group.x * launch.threads + launch.index, bh = launch.group.z;
-  if (element < size) {
-    float state = first[bh / heads * first_strides[0] + bh % heads * first_strides[1] +
-                        element / width * first_strides[2] + element % width * first_strides[3]];
-    const long border = long(bh) * (blocks + 1);
-    entry[(border + (BACK ? blocks : 0)) * size + element] = state;
-    for (int n = 0; n < blocks; n++) {
-      const int block = BACK ? blocks - 1 - n : n;
-      const long slot = long(bh) * blocks + block;
-      state *= decay_since_start(Pair(logs[2 * slot], logs[2 * slot + 1]), floats[0]);
-      state += sums[slot * size + element];
-      entry[(border + block + (BACK ? 0 : 1)) * size + element] = state;
+  const int heads = sums_shape[1], blocks = sums_shape[2], bh = launch.group.z;
+  const int element = launch.group.x * launch.threads * EACH + launch.index;
+  const long border = long(bh) * (blocks + 1);
+  float state[EACH];
+  HLA_UNROLL
+  for (int e = 0; e < EACH; e++) {
+    const int i = element + e * launch.threads;
+    if (i < size) {
+      state[e] = first[bh / heads * first_strides[0] + bh % heads * first_strides[1] +
+                       i / width * first_strides[2] + i % width * first_strides[3]];
+      entry[(border + (BACK ? blocks : 0)) * size + i] = state[e];
+    }
+  }
+  for (int n = 0; n < blocks; n++) {
+    const int block = BACK ? blocks - 1 - n : n;
+    const long slot = long(bh) * blocks + block;
+    const float decay = decay_since_start(Pair(logs[2 * slot], logs[2 * slot + 1]), floats[0]);
+    HLA_UNROLL
+    for (int e = 0; e < EACH; e++) {
+      const int i = element + e * launch.threads;
+      if (i < size) {
+        state[e] = decay * state[e] + sums[slot * size + i];
+        entry[(border + block + (BACK ? 0 : 1)) * size + i] = state[e];
+      }
     }
   }
 
@@ -131,7 +153,7 @@ FUNC Walk block_walk(int block, int length, int total) {
 // x, y, z, g: see above. entry [B, Hs, NB, DY, DZ] float32, any strides. ints: L. floats: p, scale.
 // o [B, T, Ho, DZ] in TO; last [B, Hs, DY, DZ] float32, the state after the last token, written by the first of
 // the heads that share it.
-// TX, TY, TZ, TO dtypes, DY, DZ widths, W chunk, NC stripe.
+// TX, TY, TO dtypes, DY, DZ widths, W chunk, NC stripe; SAME: z is y, which is read once.
 // Threadgroup bytes: W (DY' + pad) (sizeof(TX) + sizeof(TY)) + 4 W (W + 4) + 8 W.
 //# body
   constexpr int K = (DY + 7) / 8, R = W / 8, LDX = 8 * K + 16 / sizeof(TX), LDY = 8 * K + 16 / sizeof(TY);
@@ -166,8 +188,11 @@ FUNC Walk block_walk(int block, int length, int total) {
     sync_threadgroup();
     scores<W, K>(ps, LDP, xs, LDX, ys, LDY, cum, power, scale, launch, at);
     Tile<R, NC> zs, os;
-    tile_read(zs, z + z_base + t * z_strides[1], int(z_strides[1]), int(z_strides[3]), rows, DZ - col0,
-              at);
+    if (SAME) {
+      tile_take(zs, ys + col0, LDY, 8 * K - col0, at);
+    } else {
+      tile_read(zs, z + z_base + t * z_strides[1], int(z_strides[1]), int(z_strides[3]), rows, DZ - col0, at);
+    }
     tile_zero(os);
     tile_mma<R, K, NC, false, false>(os, xs, LDX, state, at);  // O = scale b X S
     tile_decay_from_start(os, cum, power, scale, at);

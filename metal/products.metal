@@ -15,8 +15,9 @@ template <int K, int C, bool SYMMETRIC = false>
 using State = Tile<K, C, !SYMMETRIC && K % 2 == 0 ? 2 : 1>;
 
 // c += A b with A (8R x 8K) in threadgroup memory at a, row-major with leading dimension ld;
-// TURNED: A is the transpose of what lies there; CAUSAL: what lies there is zero above its diagonal blocks.
-template <int R, int K, int C, bool TURNED, bool CAUSAL, int GC, int GB, typename P>
+// TURNED: A is the transpose of what lies there; CAUSAL: what lies there is zero above its diagonal blocks;
+// EXACT: b is not to be rounded, as CUDA does in bfloat16 calls.
+template <int R, int K, int C, bool TURNED, bool CAUSAL, bool EXACT = false, int GC, int GB, typename P>
 FUNC void tile_mma(OWN Tile<R, C, GC>& c, P a, int ld, OWN Tile<K, C, GB>& b, Spot at) {
   static_assert(TURNED ? GB == 1 : GC == 1, "woven are the rows of the result or the terms of the sum");
   HLA_UNROLL

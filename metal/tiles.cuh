@@ -83,6 +83,9 @@ FUNC void sync_threadgroup() {
   __syncthreads();
 }
 
+// Loads of what follows stay behind: else what two products read alike stays in registers from one to the other.
+FUNC void fence_loads() { __syncwarp(); }
+
 // A lane holds (row, col) and (row, col + 1) of a fragment: half of what it holds of an instruction's 16 x 8 result.
 struct Spot {
   int row, col;
@@ -355,10 +358,10 @@ FUNC void rows_mma(Tile<R, C>& c, int r, const Places<A>& upper, const Places<A>
 template <int K, int C, bool SYMMETRIC = false>
 using State = Tile<K, C>;
 
-template <int R, int K, int C, bool TURNED, bool CAUSAL, typename P>
+template <int R, int K, int C, bool TURNED, bool CAUSAL, bool EXACT = false, typename P>
 FUNC void tile_mma(Tile<R, C>& c, P a, int ld, const Tile<K, C>& b, Spot at) {
   constexpr bool STATE = TURNED && !CAUSAL, PAIRS = by_pairs<P>(TURNED);
-  constexpr bool A = in_two<P>(), B = STATE || !ROUNDED;
+  constexpr bool A = in_two<P>(), B = STATE || EXACT || !ROUNDED;
   HLA_UNROLL
   for (int k = 0; k < K; k++) {
     Places<B> right[C];

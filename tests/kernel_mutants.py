@@ -98,9 +98,17 @@ EQUIVALENT = [
     ("flip a strict comparison", "? y_shape[2] : z_shape[2]", "the larger of two equals is either"),
     ("another simdgroup", "step_normaliser<", "a step has two simdgroups or more; any may do it"),
     ("turn an equality", "? whole[0] : whole[1]", "a log's two parts are only ever added"),
+    ("another simdgroup", "if (SELDOM && launch.simdgroup == 0)", "any may do it"),
+    ("flip a comparison", "int u = 0; u < total", "a chunk without tokens adds nothing"),
+    ("flip a strict comparison", "DECAY && KEEP > W", "with KEEP = W every chunk is at a kept state"),
     ("one thread too few", "i < rows; i += launch.threads", "64 threads or more, and rows at most 32"),
     ("one thread too few", "i < W; i += launch.threads", "64 threads or more, and W is at most 32"),
     ("round too early", "there ? src[", "twice zero is zero"),
+    (
+        "take the last stride for 1",
+        "_entry_strides[4]), D, D",
+        "entries are what linear_scan wrote: contiguous",
+    ),
     ("take the last stride for 1", "plus_strides[3]", "plus is what back_queries wrote: contiguous"),
 ]
 
@@ -109,6 +117,10 @@ SELECTIONS = {
     "step": [
         ["test_kernels_step.py", "test_kernels_packed.py", "test_kernels_normalised_step.py"],
         "not D128 and not D64",
+    ],
+    "routed": [
+        ["test_kernels_values.py", "test_kernels_edges.py", "test_kernels_cost.py"],
+        "(ahla or hla3) and not half_precision and not D64 and not D96 and not V128 and not agree_to_the_bit",
     ],
     None: [
         ["test_kernels_values.py", "test_kernels_step.py", "test_kernels_edges.py", "test_kernels_cost.py"],

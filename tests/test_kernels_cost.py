@@ -6,6 +6,8 @@ from conftest import normal
 from kernel_problems import PLAIN, needs_standin, sequence, step, use_schedule
 from standin import metal
 
+from mlx_hla import kernels
+from mlx_hla.kernels import plan
 from mlx_hla.kernels.plan import THREADGROUP_BYTES
 
 pytestmark = needs_standin
@@ -91,16 +93,35 @@ def test_rows_that_lie_together_are_loaded_in_runs(monkeypatch, dtype):
             assert more - loads > 0.5 * (2 * T * H * D - staged)
 
 
-@pytest.mark.parametrize(("family", "passes"), [("first", 1), ("ahla", 2), ("hla3", 3)])
-def test_passes(monkeypatch, family, passes):
-    """A pass reads x, y, z once and writes o once."""
+# Blocks: 512 tokens, two blocks.
+@pytest.mark.parametrize(
+    ("family", "schedule", "launches", "traffic"),
+    [
+        ("first", "walk", 1, 1.3),
+        ("ahla", "walk", 1, 1.3),
+        ("hla3", "walk", 1, 1.4),
+        ("ahla", "blocks", 5, 3.3),
+        ("hla3", "blocks", 6, 4.1),
+    ],
+)
+def test_in_one_walk_or_blocks(monkeypatch, family, schedule, launches, traffic):
+    """q, k and v are read once and o is written once, or, in blocks, what comes between the passes twice."""
+    metal.install(monkeypatch)
+    use_schedule(monkeypatch, schedule)
+    monkeypatch.setattr("mlx_hla.kernels.plan.MIN_BLOCK", 256)
+    T, H, D = 512, 2, 64
+    c = run(family, *inputs(T, H))
+    assert c.launches == launches
+    assert moved(c) <= traffic * 4 * T * H * D * 2
+    assert c.threadgroup_bytes <= THREADGROUP_BYTES
+
+
+@pytest.mark.parametrize("family", ["ahla", "hla2", "hla3"])
+def test_a_wide_head_runs_pass_by_pass(monkeypatch, family):
     metal.install(monkeypatch)
     use_schedule(monkeypatch, "walk")
-    T, H, D = 256, 2, 64
-    c = run(family, *inputs(T, H))
-    assert c.launches == passes
-    assert moved(c) <= 1.3 * passes * 4 * T * H * D * 2
-    assert c.threadgroup_bytes <= THREADGROUP_BYTES
+    passes = {"ahla": 2, "hla2": 2, "hla3": 3}[family]
+    assert run(family, *inputs(40, 1, D=128)).launches == passes
 
 
 @pytest.mark.parametrize("family", PLAIN)
@@ -133,3 +154,26 @@ def test_a_backward_is_bounded(monkeypatch, family):
     launches, traffic = {"first": (3, 6.3), "hla2": (6, 13), "ahla": (6, 13), "hla3": (9, 19)}[family]
     assert c.launches <= launches
     assert moved(c) <= traffic * 4 * T * H * D * 2
+
+
+@pytest.mark.parametrize(
+    ("small", "power", "followed"),
+    [(1, 1, True), (1, 2, True), (10, 1, True), (10, 2, False), (32, 1, False), (0, 1, False)],
+)
+def test_when_a_state_is_followed(monkeypatch, small, power, followed):
+    """In chunks with small decays, unless what is left is below rounding: keys are read again."""
+    metal.install(monkeypatch)
+    monkeypatch.setattr(plan, "fill", lambda: 1)
+    q, k, v = (mx.random.normal((1, 512, 1, 16)).astype(mx.bfloat16) for _ in range(3))
+    place = mx.arange(512)[None, :, None] % 32
+
+    def read(g):
+        def run(g):
+            return [kernels.linear(q, k, v, g, scale=0.2, power=power)[0]]
+
+        with metal.counters() as c:
+            mx.eval(mx.vjp(run, [g], [v])[1])
+        return c.read["y"]
+
+    slow, fast = mx.full((1, 512, 1), 0.99), mx.where(place < small, 0.2, 0.99)
+    assert (read(fast) > read(slow)) is followed

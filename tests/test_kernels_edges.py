@@ -21,6 +21,7 @@ from standin import metal
 
 from mlx_hla import kernels
 from mlx_hla import reference as R
+from mlx_hla.kernels import plan
 from mlx_hla.kernels.plan import LAUNCH_WORK, MIN_BLOCK, segments
 
 pytestmark = needs_standin
@@ -99,11 +100,13 @@ def test_outputs_are_written_over(monkeypatch, op, schedule):
     assert same_bits(got, want)
 
 
+@pytest.mark.parametrize("keep", [1, 4])
 @both_schedules
 @each_family
-def test_tiny_decays_one_by_one(monkeypatch, op, schedule):
+def test_tiny_decays_one_by_one(monkeypatch, op, schedule, keep):
     """A norm over all tokens would hide the gradients of the few that matter."""
     metal.install(monkeypatch)
+    monkeypatch.setitem(plan.KEEP, 4, keep)
     use_schedule(monkeypatch, schedule)
     problem = KernelProblem(op, Case(**(vars(CASE) | {"T": 101, "decay": "extreme"})))
     given = problem.given()
@@ -283,7 +286,7 @@ def test_no_decay_costs_no_gradient_of_it(monkeypatch, op):
     for problem in (plain, decayed):
         with metal.counters() as c:
             out = everything(problem)
-        counted.append(sum(c.written[name] for name in ("a", "borders", "r")) / 4)
+        counted.append(sum(c.written[name] for name in ("a", "kept", "r")) / 4)
         results.append(out[:-1] if problem is decayed else out)
     assert counted[0] <= 3 * 3 < counted[1]  # one element each in each of up to three passes
     assert same_bits(*results)

@@ -147,7 +147,7 @@ def test_chunks_fit_the_threadgroup():
     for dtype in (mx.float16, mx.bfloat16, mx.float32):
         for D in range(8, plan.MAX_DIM + 2):
             assert plan.staged_width([(D, dtype), (D, mx.float32)]) in (16, 32)
-            if plan.fused(D):
+            if plan.fused("hla3", D):
                 assert plan.wide_chunk(D, dtype) in (16, 32)
 
 

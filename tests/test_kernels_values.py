@@ -17,6 +17,8 @@ from kernel_problems import (
 from ops_reference import each_case
 from standin import metal
 
+from mlx_hla.kernels import plan
+
 pytestmark = needs_standin
 plain_families = pytest.mark.parametrize("op", PLAIN)
 both_schedules = pytest.mark.parametrize("schedule", ["walk", "blocks"])
@@ -134,3 +136,24 @@ def test_blocks_of_several_chunks(monkeypatch, op):
     with metal.counters() as c:
         KernelProblem(op, case).check()
     assert "hla_linear_scan" in c.kernels
+
+
+# Blocks of three chunks, and of four and a half; a sequence in one block; decays so small that the states are
+# followed, alone and side by side; two threadgroups a head.
+SELDOM_KEPT = [
+    (Case(T=257, B=1, Hq=2, Hkv=1, D=8, V=16, decay="gates", carried=True), 96),
+    (Case(T=310, B=1, Hq=2, Hkv=2, D=16, V=8, decay="extreme", carried=True), 144),
+    (Case(T=150, B=2, Hq=2, Hkv=2, D=8, V=8, decay="extreme", carried=True), 256),
+    (Case(T=61, B=1, Hq=2, Hkv=1, D=128, V=24, decay="extreme", carried=True), 256),
+]
+
+
+@pytest.mark.parametrize("keep", [2, 8])
+@pytest.mark.parametrize(("case", "block"), SELDOM_KEPT, ids=str)
+@pytest.mark.parametrize("op", ["first", "hla2"])
+def test_states_kept_every_few_chunks(monkeypatch, op, case, block, keep):
+    """In float32 too, which shows what half types would hide."""
+    metal.install(monkeypatch)
+    monkeypatch.setattr("mlx_hla.kernels.plan.MIN_BLOCK", block)
+    monkeypatch.setitem(plan.KEEP, 4, keep)
+    KernelProblem(op, case).check()

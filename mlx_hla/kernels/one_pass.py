@@ -102,7 +102,7 @@ def linear(
     a = Operands(q, k, v, whole_decay(g, k.shape[:2]), first)
     run, parts = _pass(float(scale), power, decay, dtype), []
     staged = [(D, q.dtype), (D, k.dtype), (DV, dtype), *([] if v is None else [(DV, v.dtype)])]
-    kept = back_shape(*staged).width if decay else None
+    kept = back_shape(*staged).keep if decay else None
     for cut in segments(B * max(q.shape[2], heads), T, D, DV, kept):
         o, first, _ = run(a.between(cut, first))
         parts.append(o)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .plan import STRIPE, TINY, Back, Blocks, back_shape, blocks, ceil_div, staged_width
+from .plan import SCANNED, STRIPE, TINY, Back, Blocks, back_shape, blocks, ceil_div, staged_width
 from .source import launch
 
 
@@ -25,15 +25,19 @@ def stripes(dim: int, stripe: int = STRIPE) -> int:
     return ceil_div(dim, 8 * stripe)
 
 
-def block_sums(y, z, g, cut: Blocks, factors, back: bool) -> tuple[mx.array, mx.array]:
+def block_sums(
+    y, z, g, cut: Blocks, factors, back: bool = False, squares: bool = False
+) -> tuple[mx.array, mx.array, mx.array]:
     """What each block adds to the state, or to its adjoint, `[B, S, N - 1, DY, DZ]`, and its log decay.
 
-    z None: it is y, which is read once. The block that the walk comes to last is left out: nobody enters a
-    block after it.
+    In between the same of y yᵀ, if `squares` or z is None; then there is nothing else. The block that the
+    walk comes to last is left out: nobody enters a block after it.
     """
-    same, z = z is None, y if z is None else z
+    values, squares = z is not None, squares or z is None
+    z = y if z is None else z
     B, DY, DZ, S = y.shape[0], y.shape[3], z.shape[3], max(y.shape[2], z.shape[2])
-    N, threads = cut.count - 1, 32 * stripes(DZ)
+    stripe = 1 if values and squares else STRIPE
+    N, threads = cut.count - 1, 32 * stripes(max(DZ, DY if squares else 0), stripe)
     return launch(
         "linear",
         "linear_sums",
@@ -43,37 +47,42 @@ def block_sums(y, z, g, cut: Blocks, factors, back: bool) -> tuple[mx.array, mx.
             ("DY", DY),
             ("DZ", DZ),
             ("W", staged_width([(DY, y.dtype)])),
-            ("NC", STRIPE),
+            ("NC", stripe),
             ("BACK", back),
-            ("SAME", same),
+            ("VALUES", values),
+            ("SQUARES", squares),
         ],
-        output_shapes=[(B, S, N, DY, DZ), (B, S, N, 2)],
-        output_dtypes=[mx.float32, mx.float32],
+        output_shapes=[
+            (B, S, N, DY, DZ) if values else (1,),
+            (B, S, N, DY, DY) if squares else (1,),
+            (B, S, N, 2),
+        ],
+        output_dtypes=[mx.float32, mx.float32, mx.float32],
         grid=(threads, N, B * S),
         threadgroup=(threads, 1, 1),
     )
 
 
-def border_states(sums, logs, first, factors, back: bool) -> mx.array:
+def border_states(sums, logs, first, factors, back: bool = False) -> mx.array:
     """The states at the borders of N blocks `[B, S, N + 1, DY, DZ]`, from what the blocks add."""
     B, S, N, DY, DZ = sums.shape
     size = DY * DZ
-    threads = min(256, 32 * ceil_div(size, 32))
+    threads = min(256, 32 * ceil_div(size, 32 * SCANNED))
     return launch(
         "linear",
         "linear_scan",
         inputs=[sums, logs, first, factors],
-        template=[("BACK", back)],
+        template=[("EACH", SCANNED), ("BACK", back)],
         output_shapes=[(B, S, N + 1, DY, DZ)],
         output_dtypes=[mx.float32],
-        grid=(threads * ceil_div(size, threads), 1, B * S),
+        grid=(threads * ceil_div(size, SCANNED * threads), 1, B * S),
         threadgroup=(threads, 1, 1),
     )[0]
 
 
 def outputs(x, y, z, g, entry, cut: Blocks, factors, dtype) -> tuple[mx.array, mx.array]:
     """(o `[B, T, O, DZ]`, state after the walk `[B, S, DY, DZ]`) of one pass from its entry states."""
-    z = y if z is None else z
+    same, z = z is None, y if z is None else z
     B, T, X, DY = x.shape
     DZ, S = z.shape[3], entry.shape[1]
     heads, threads = max(X, S), 32 * stripes(DZ)
@@ -89,6 +98,7 @@ def outputs(x, y, z, g, entry, cut: Blocks, factors, dtype) -> tuple[mx.array, m
             ("DZ", DZ),
             ("W", staged_width([(DY, x.dtype), (DY, y.dtype)])),
             ("NC", STRIPE),
+            ("SAME", same),
         ],
         output_shapes=[(B, T, heads, DZ), (B, S, DY, DZ)],
         output_dtypes=[dtype, mx.float32],
@@ -101,7 +111,8 @@ def entries(y, z, g, border, cut: Blocks, factors, back: bool = False) -> mx.arr
     """The states that enter N blocks `[B, S, N, DY, DZ]` from the one at the border where the walk starts."""
     if cut.count == 1:
         return border[:, :, None]
-    return border_states(*block_sums(y, z, g, cut, factors, back), border, factors, back)
+    sums, squares, logs = block_sums(y, z, g, cut, factors, back)
+    return border_states(squares if z is None else sums, logs, border, factors, back)
 
 
 def cut_of(x: mx.array, y: mx.array, z: mx.array | None) -> Blocks:
@@ -155,8 +166,14 @@ def _part_dtype(x: mx.array, heads: int) -> mx.Dtype:
     return x.dtype if x.shape[2] == heads else mx.float32
 
 
-def back_queries(x, y, z, g, do, entry, plus, cut: Blocks, width: int, factors, decay: bool):
-    """(dx + plus `[B, T, O, DY]`, a and S before every chunk of `width` tokens for `back_keys`)."""
+def kept_states(T: int, cut: Blocks, every: int) -> int:
+    """How many states `back_queries` keeps: one every `every` tokens of each block, and the last."""
+    last = T - (cut.count - 1) * cut.length
+    return (cut.count - 1) * ceil_div(cut.length, every) + ceil_div(last, every) + 1
+
+
+def back_queries(x, y, z, g, do, entry, plus, cut: Blocks, shape: Back, factors, decay: bool):
+    """(dx + plus `[B, T, O, DY]`, a and some states S for `back_keys`)."""
     same, z = z is None, y if z is None else z
     (B, T, heads, DZ), DY, S = do.shape, y.shape[3], entry.shape[1]
     threads = 32 * stripes(DY)
@@ -170,7 +187,8 @@ def back_queries(x, y, z, g, do, entry, plus, cut: Blocks, width: int, factors, 
             ("TO", _part_dtype(x, heads)),
             ("DY", DY),
             ("DZ", DZ),
-            ("W", width),
+            ("W", shape.width),
+            ("KEEP", shape.keep),
             ("NC", STRIPE),
             ("DECAY", decay),
             ("PLUS", plus is not None),
@@ -179,7 +197,7 @@ def back_queries(x, y, z, g, do, entry, plus, cut: Blocks, width: int, factors, 
         output_shapes=[
             (B, T, heads, DY),
             (B, T, heads) if decay else (1,),
-            (B, S, ceil_div(T, width), DZ, DY) if decay else (1,),
+            (B, S, kept_states(T, cut, shape.keep), DZ, DY) if decay else (1,),
         ],
         output_dtypes=[_part_dtype(x, heads), mx.float32, mx.float32],
         grid=(threads, cut.count, B * heads),
@@ -187,7 +205,7 @@ def back_queries(x, y, z, g, do, entry, plus, cut: Blocks, width: int, factors, 
     )
 
 
-def back_keys(x, y, z, g, do, after, a, borders, cut: Blocks, shape: Back, factors, decay: bool):
+def back_keys(x, y, z, g, do, after, a, kept, cut: Blocks, shape: Back, factors, decay: bool):
     """(dy, dz or None where z is, r in parts, gradient of the first state), per head of do."""
     same, z = z is None, y if z is None else z
     (B, T, heads, DZ), DY = do.shape, y.shape[3]
@@ -205,7 +223,7 @@ def back_keys(x, y, z, g, do, after, a, borders, cut: Blocks, shape: Back, facto
             g,
             after,
             a if decay else g,
-            borders if decay else after,
+            kept if decay else after,
             ints(cut.length),
             factors,
         ],
@@ -219,6 +237,7 @@ def back_keys(x, y, z, g, do, after, a, borders, cut: Blocks, shape: Back, facto
             ("DY", DY),
             ("DZ", DZ),
             ("W", shape.width),
+            ("KEEP", shape.keep),
             ("NC", shape.stripe),
             ("HALVES", shape.halves),
             ("DECAY", decay),
@@ -244,9 +263,9 @@ def gradients(x, y, z, g, entry, do, d_last, *, power=1, scale=1.0, decay=True, 
     """
     heads, cut, factors = do.shape[2], cut_of(x, y, z), floats(power, scale)
     shape = back_shape(*((a.shape[3], a.dtype) for a in (x, y, do, z) if a is not None))
-    dx, a, borders = back_queries(x, y, z, g, do, entry, plus, cut, shape.width, factors, decay)
+    dx, a, kept = back_queries(x, y, z, g, do, entry, plus, cut, shape, factors, decay)
     after = entries(x, do, g, spread(d_last, heads), cut, factors, back=True)
-    dy, dz, r, first = back_keys(x, y, z, g, do, after, a, borders, cut, shape, factors, decay)
+    dy, dz, r, first = back_keys(x, y, z, g, do, after, a, kept, cut, shape, factors, decay)
     dx, dy = (shared(d, a.shape[2]).astype(a.dtype) for d, a in ((dx, x), (dy, y)))
     dz = None if z is None else shared(dz, z.shape[2]).astype(z.dtype)
     dg = power * shared(r.flatten(2), g.shape[2]) / mx.maximum(g, TINY) if decay else None

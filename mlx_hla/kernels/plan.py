@@ -13,6 +13,7 @@ SPARE = 256  # bytes of a threadgroup that a step leaves free, for alignment
 TINY = 1e-30  # stands for a decay of 0 where its gradient divides by it
 MAX_DIM = 128
 STRIPE = 2  # fragments of 8 columns that a simdgroup owns
+SCANNED = 4  # elements of a state that a thread of a scan owns
 MIN_BLOCK = 256  # tokens: below this a block's state costs more than its tokens
 
 
@@ -64,14 +65,17 @@ def blocks(T: int, heads: int, length: int | None = None) -> Blocks:
     return Blocks(length, ceil_div(T, length))
 
 
-# Stripe (in fragments of 8 columns) of the kernels that keep two states in registers, by the larger width:
-# two states of 64 x 16 floats are 64 registers of a thread, of 96 x 8 they are 48. At 128 both states and
-# 512 threads overrun the register file, so wider heads run pass by pass.
-FUSED = ((64, 2), (96, 1))
+# Stripe (in fragments of 8 columns) of the kernels that keep two states in registers, or three (HLA3), by the
+# larger width: two states of 64 x 16 floats are 64 registers of a thread, of 96 x 8 they are 48. At 128 they
+# and 512 threads overrun the register file, so wider heads run pass by pass. So do three of 96: on CUDA a
+# thread would take up to 194 registers, of 168.
+TWO_STATES = ((64, 2), (96, 1))
+FUSED = {"hla2": TWO_STATES, "ahla": TWO_STATES, "hla3": ((80, 1),)}
 
 
-def fused(width: int) -> int | None:
-    return next((stripe for limit, stripe in FUSED if width <= limit), None)
+def fused(family: str | None, width: int) -> int | None:
+    """The stripe of the kernels that run the family's passes in one walk, None where there are none."""
+    return next((stripe for limit, stripe in FUSED.get(family or "", ()) if width <= limit), None)
 
 
 RESIDENT = 3  # threadgroups with two states that a core is to have room for: one computes while others wait
@@ -113,11 +117,19 @@ def step_simdgroups(D: int, DV: int, groups: int) -> int:
 UNDIVIDED, CUDA_UNDIVIDED = 96, 64
 
 
+# Chunks to a state that the backward keeps for the decay's gradient, by the bytes of the smallest operand's
+# numbers. One for every chunk is as many bytes as four half tensors at D = 64. Where there are fewer, sums
+# are followed from chunk to chunk by subtraction (backward.metal), which costs digits that half types lack.
+KEEP = {2: 8, 4: 1}
+
+
 @dataclass(frozen=True)
 class Back:
-    """Shape of a pass's backward: chunk width, stripe, threadgroups that divide the columns of a head."""
+    """Shape of a pass's backward: width of a chunk, tokens to a state that is kept, stripe, and threadgroups
+    that divide the columns of a head."""
 
     width: int
+    keep: int
     stripe: int
     halves: int
 
@@ -141,7 +153,8 @@ def back_shape(*staged: tuple[int, mx.Dtype]) -> Back:
     halves = 1 if max(dim for dim, _ in dims) <= (CUDA_UNDIVIDED if _on_cuda() else UNDIVIDED) else 2
     for width in (32, 16, 8):
         if back_bytes(width, dims, halves) <= THREADGROUP_BYTES:
-            return Back(width, STRIPE, halves)
+            keep = KEEP[min(dtype.size for _, dtype in dims)]
+            return Back(width, keep * width, STRIPE, halves)
     raise ValueError(f"no chunk width fits {staged}")
 
 
@@ -178,16 +191,16 @@ def tile_registers(dim: int, stripe: int, states: int, width: int, tiles: int) -
 # at half its peak. Longer calls are cut along T into launches of at most that much.
 LAUNCH_WORK = 2**22 * 64 * 64
 
-# Memory: a decay's gradient keeps a float32 state for every chunk of the pass that is gone through. So many
-# bytes at most: 131,072 tokens of 16 heads of 64 in chunks of 16.
+# Memory: a decay's gradient keeps float32 states of the pass that is gone through. So many bytes at most:
+# 131,072 tokens of 16 heads of 64, one every 16.
 KEPT_BYTES = 2**31
 
 
 def segments(heads: int, T: int, D: int, DV: int, kept_every: int | None = None) -> list[slice]:
     """Stretches of T, each of at most `LAUNCH_WORK` token-heads times D times the larger width.
 
-    kept_every: tokens to a chunk of the backward if the decay's gradient may be wanted, so that no stretch
-    may keep more than `KEPT_BYTES`.
+    kept_every: tokens to a state that the backward keeps if the decay's gradient may be wanted, so that no
+    stretch may keep more than `KEPT_BYTES`.
     """
     most = LAUNCH_WORK // (heads * D * max(D, DV))
     if kept_every:

@@ -74,7 +74,7 @@ class Backward(NamedTuple):
 
 def _template(q, v):
     D, DV = q.shape[3], v.shape[3]
-    shape = fused(max(D, DV))
+    shape = fused("hla2", max(D, DV))
     return [
         ("T", q.dtype),
         ("D", D),
@@ -127,7 +127,7 @@ def forward(a: Operands, scale: float, ridge: float) -> Walked:
     one, two = floats(1, scale), floats(2, scale)
     S_entry = passes.entries(k, None, g, S, cut, one)
     kt, sums, logs, S = middle(q, k, v, g, S_entry, cut, scale, ridge)
-    F_entry = passes.border_states(sums, logs, F, two, False)
+    F_entry = passes.border_states(sums, logs, F, two)
     o, F = passes.outputs(q, kt, v, g, F_entry, cut, two, q.dtype)
     return Walked(o, S, F, Kept(kt, S_entry, F_entry))
 
@@ -179,7 +179,7 @@ def hla2(
     (B, T, Hq, D), DV = q.shape, v.shape[3]
     decay, middle, parts = decay_gradient and g is not None, (D, between(q.dtype)), []
     passes_staged = [(D, q.dtype), middle, (DV, q.dtype), (DV, q.dtype)], [(D, q.dtype), (D, q.dtype), middle]
-    kept = min(back_shape(*staged).width for staged in passes_staged) if decay else None
+    kept = min(back_shape(*staged).keep for staged in passes_staged) if decay else None
     run, a = _hla2(float(scale), float(ridge), decay), Operands(q, k, v, whole_decay(g, k.shape[:2]), S, F)
     for cut in segments(B * Hq, T, D, DV, kept):
         o, S, F, _ = run(a.between(cut, S, F))

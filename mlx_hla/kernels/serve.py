@@ -23,7 +23,7 @@ def why_not(q: mx.array, k: mx.array, v: mx.array) -> str | None:
 
 def fuses(family: str | None, D: int, DV: int) -> bool:
     """Whether a kernel of its own runs the family over a sequence; elsewhere it is passes of `linear`."""
-    return family == "hla2" and fused(max(D, DV)) is not None
+    return fused(family, max(D, DV)) is not None
 
 
 def steps(family: str | None, groups: int) -> bool:

@@ -77,12 +77,12 @@ class KernelSequence(Tokens):
         return self.call.result(o)
 
     def run(self):
-        fuses = kernels.fuses(self.operator.family, self.dims.D, self.v.shape[-1])
-        if not fuses or self.call.group is not None:
+        family = self.operator.family
+        if not kernels.fuses(family, self.dims.D, self.v.shape[-1]) or self.call.group is not None:
             return super().run()
         before = self.before or self._zeros()
         options = {name: number(self.call, name) for name in self.call.options}
-        o, *after = kernels.hla2(
+        o, *after = kernels.FUSED[family](
             self.q,
             self.k,
             self.v,

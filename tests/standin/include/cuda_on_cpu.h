@@ -148,7 +148,7 @@ static inline void __syncthreads() {
 }
 
 // All lanes of a warp show what they have; each may then look at the others', until they meet once more.
-enum Kind { SHUFFLE = 1, PRODUCT, TURN };
+enum Kind { SHUFFLE = 1, PRODUCT, TURN, BARRIER };
 
 static float (*meet(Kind kind, const float* shown, int count))[8] {
   Warp& w = warps[current / 32];
@@ -160,6 +160,8 @@ static float (*meet(Kind kind, const float* shown, int count))[8] {
   wait(w.arrived, 32 * (turn + 1));
   return w.slots[turn % 2];
 }
+
+static inline void __syncwarp() { meet(BARRIER, nullptr, 0); }
 
 static inline float __shfl_sync(unsigned mask, float x, int lane) {
   if (mask != 0xffffffffu) fail("a shuffle that does not name all lanes");
