@@ -15,6 +15,7 @@ from mlx_hla.nn import HLAttention
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "study"))
 import language
 import language_run
+import texts
 import throughput
 
 
@@ -196,3 +197,25 @@ def test_the_delta_rule_takes_the_place_of_every_layer_with_its_weights():
 def test_another_mixer_is_refused():
     with pytest.raises(InputError, match="mixer must be gdn"):
         language_run.build(ModelConfig(**language_run.SIZES["tiny"]), {"mixer": "rnn"}, 0)
+
+
+def test_the_report_says_what_the_results_say(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["texts.py"])
+    texts.main()
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    rows = [r for r in rows if len(r) > 2 and r[1][:1].isdigit()]
+    told = {r[0]: float(r[1]) for r in rows[:9]}  # of 5.9 million parameters
+    assert told["window+hla2"] < told["window"] < told["window+first"]
+    report = (Path(texts.__file__).parent / "README.md").read_text(encoding="utf-8")
+    swept = [r for r in rows[9:] if len(r) == 5 and "one seed" not in r]
+    assert len(swept) >= 11
+    for name, loss, *_ in [*rows[:9], *swept]:
+        assert loss in report or f"{float(loss):.3f}" in report, name
+
+
+def test_the_best_rate_is_the_first_seeds():
+    runs = [
+        {"seed": seed, "lr": lr, "nats_per_byte": loss}
+        for seed, lr, loss in [(0, 1, 2.0), (0, 3, 1.5), (1, 3, 1.7), (1, 1, 1.0)]
+    ]
+    assert [r["nats_per_byte"] for r in texts.best_rate(runs)] == [1.5, 1.7]

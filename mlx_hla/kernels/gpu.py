@@ -48,8 +48,8 @@ class GPU:
 # core_bytes: of an M1 by philipturner's metal-benchmarks, taken for all; the least of NVIDIA's from 8.0 on,
 # by its programming guide. per_core of an Apple GPU is a guess from that: it has room for 1 to 5 threadgroups
 # of the sequence kernels.
-# On CUDA compiled plain ops are on a par with the kernels at 65,536 tokens and faster at 4,096 (HLA2, 16
-# heads of 64, metal/README.md), and every process compiles what it uses of the kernels for seconds.
+# On CUDA compiled plain ops are faster than the kernels at 4,096 tokens, slower at 65,536 (HLA2, 16 heads of
+# 64, metal/README.md), and every process compiles what it uses of the kernels for seconds.
 METAL = GPU("metal", "Metal", "an Apple GPU", "metal_kernel", core_bytes=60 * 1024, per_core=3, fill=64)
 CUDA = GPU(
     "cuda",
