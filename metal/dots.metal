@@ -6,7 +6,8 @@ template <int R, int C, int G, typename P>
 FUNC float tile_row_dot(
     OWN Tile<R, C, G>& t, int r, P p, int row_step, int col_step, bool runs, int rows, int cols, Spot at) {
   const int row = woven_row<G>(r, at);
-  const Floats<2 * C> mine = part_get(t, r), other = part_read<C>(p + row * row_step, col_step, cols, runs, row < rows, at);
+  const Floats<2 * C> mine = part_get(t, r);
+  const Floats<2 * C> other = part_read<C>(p + row * row_step, col_step, cols, runs, row < rows, at);
   float sum = 0.0f;
   HLA_UNROLL
   for (int e = 0; e < 2 * C; e++) sum += mine.of[e] * other.of[e];

@@ -3,7 +3,7 @@
 // A kernel body speaks of tiles (8R x 8C floats spread over one simdgroup as 8x8 fragments) and of arrays that
 // the threadgroup shares. It names no address space, no barrier's flag, no attribute of the launch: those stand in
 // the first section only, and tests/test_metal_sources.py holds all files to it. To run the bodies on another GPU,
-// replace the first section: tiles.cuh does that for CUDA, and the products of products.metal.
+// replace the first section, as tiles.cuh does for CUDA, and the products, as products.cuh does.
 
 // ---- What a GPU has of its own -----------------------------------------------------------------
 //

@@ -15,8 +15,8 @@ Grid = tuple[int, int, int]
 class GPU:
     """name: what `backend` calls it; title: what people do. chip: what it is, in words.
 
-    maker_name: the function of `mx.fast` that builds a kernel. words: the file in metal/ whose sections take
-    the place of those of *.metal, if any. rounds: calls in bfloat16 have a variant of their own.
+    maker_name: the function of `mx.fast` that builds a kernel. suffix: of the files in metal/ whose sections
+    take the place of those of *.metal. rounds: calls in bfloat16 have a variant of their own.
     heads_first: the heads are the grid's x axis, not its z. unasked: `backend=None` takes its kernels.
     core_bytes: threadgroup memory of a core. per_core: threadgroups that keep one busy; fill: those that keep
     a GPU busy whose cores are unknown.
@@ -29,7 +29,7 @@ class GPU:
     core_bytes: int
     per_core: int
     fill: int
-    words: str | None = None
+    suffix: str = ".metal"
     rounds: bool = False
     heads_first: bool = False
     unasked: bool = True
@@ -59,7 +59,7 @@ CUDA = GPU(
     core_bytes=100 * 1024,
     per_core=4,
     fill=512,
-    words="tiles.cuh",
+    suffix=".cuh",
     rounds=True,
     heads_first=True,
     unasked=False,

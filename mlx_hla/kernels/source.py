@@ -1,8 +1,8 @@
 """Finds metal/, splits its files into a shared header and kernel bodies, and builds kernels when used.
 
 The bodies are one text for every GPU. What a GPU has of its own are sections of tiles.metal and of
-products.metal; where it has a file of such sections, `GPU.words`, each takes the place of the one with the
-same heading.
+products.metal: where there is a file of the same name with its suffix, `GPU.suffix`, each of that one's
+sections takes the place of the one with the same heading.
 
 A file of `metal/` is a header (helpers, contracts) and kernels, each of them
 
@@ -99,9 +99,10 @@ def sections(text: str) -> dict[str, str]:
 def text_of(file: str, device: GPU = METAL) -> str:
     """What stands in metal/<file>.metal, for this GPU."""
     text = (folder() / f"{file}.metal").read_text(encoding="ascii")
-    if device.words is None:
+    path = folder() / f"{file}{device.suffix}"
+    if device.suffix == ".metal" or not path.is_file():
         return text
-    own = sections((folder() / device.words).read_text(encoding="ascii"))
+    own = sections(path.read_text(encoding="ascii"))
     return "".join(own[name] if name and name in own else its for name, its in sections(text).items())
 
 
