@@ -2,8 +2,9 @@
 //
 // An instruction multiplies 16 x 8 by 8 x 8 numbers and adds in float32. They are TF32, which is float32 with a
 // mantissa of 11 bits: half types are exact in it, and a float32 operand goes in as two numbers, its first 11 bits and
-// the rest, so that a product has two or three instructions and float32's accuracy. HLA_ROUNDED, set where a call's q, k
-// and v are bfloat16: they are bfloat16, a float32 operand rounded to its 8 bits, or two where it is added to a state.
+// the rest, so that a product has two or three instructions and float32's accuracy. HLA_ROUNDED, set where a call's q,
+// k and v are bfloat16: they are bfloat16, a float32 operand rounded to its 8 bits, or two where it is added to a
+// state.
 
 // ---- Products ------------------------------------------------------------------------------------
 //
