@@ -169,8 +169,12 @@ def test_the_bodies_are_one_text():
 
 def test_the_sections_of_cuda():
     """Each takes the place of one of *.metal, and defines what that defines for others."""
-    own = source.sections((source.folder() / gpu.CUDA.words).read_text(encoding="ascii"))
-    assert list(own) == ["", "What a GPU has of its own", "Products"]
+    own = {
+        name: its
+        for path in source.folder().glob("*.cuh")
+        for name, its in source.sections(path.read_text(encoding="ascii")).items()
+    }
+    assert own.keys() == {"", "What a GPU has of its own", "Products"}
     files = [path.stem for path in source.folder().glob("*.metal")]
     headings = [name for file in files for name in source.sections(source.text_of(file)) if name]
     assert [headings.count(name) for name in own if name] == [1, 1]
@@ -178,4 +182,4 @@ def test_the_sections_of_cuda():
     assert text.count(own["Products"]) == 1
     found = re.findall(r"\b(?:simd|simdgroup|threadgroup|metal)_\w+|\[\[|using namespace|METAL_\w+", text)
     assert not found
-    assert kernels.gpu.METAL.words is None
+    assert kernels.gpu.METAL.suffix == ".metal"

@@ -36,8 +36,8 @@ def test_sequences(op, normalize):
     )
     problem = Problem(op, case)
     (o, state), names = launched(problem.run)
-    fused = OPERATORS[op].operator.family == "hla2"
-    assert set(names) == {"hla_hla2_walk" if fused else "hla_linear_out"}
+    walks = {"hla2": "hla_hla2_walk", "ahla": "hla_routed_walk", "hla3": "hla_routed_walk"}
+    assert set(names) == {walks.get(OPERATORS[op].operator.family, "hla_linear_out")}
     want_o, want = problem.expected()
     assert_close("o", o, want_o, problem.bound())
     check_state(op, state, want, problem.bound())
@@ -97,7 +97,7 @@ def test_an_error_of_a_kernel_is_an_error(monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("the kernel does not compile")
 
-    monkeypatch.setattr(kernels, "hla2", broken)
+    monkeypatch.setitem(kernels.FUSED, "hla2", broken)
     q, k, v = Problem("hla2", Case(**SHAPE)).arrays.values()
     with pytest.raises(RuntimeError, match="does not compile"):
         mlx_hla.hla2(q, k, v)
