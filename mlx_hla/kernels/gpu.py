@@ -77,8 +77,8 @@ def here() -> GPU | None:
 
 
 # Cores by what MLX calls a GPU, less "Apple" and "NVIDIA": of a chip that is sold with several counts, the
-# most, for MLX does not tell. Apple's: its technical specifications (support.apple.com) and, for the M5 Pro
-# and Max, the press of March 2026. NVIDIA's: its white papers on each architecture.
+# most, for MLX does not tell. As the makers' specifications are remembered, not looked up one by one: a wrong
+# count costs time, never a number.
 CORES = {
     **{"M1": 8, "M1 Pro": 16, "M1 Max": 32, "M1 Ultra": 64},
     **{"M2": 10, "M2 Pro": 19, "M2 Max": 38, "M2 Ultra": 76},
