@@ -78,6 +78,20 @@ def test_runs_that_are_there_are_not_repeated(whole, folder, monkeypatch, capsys
     assert all("±" in row and "2/2 seeds" in row for row in rows)
 
 
+def test_a_text_that_is_there_serves_other_folders(whole, folder, tmp_path):
+    (text,) = whole.glob("text-*.npz")
+    out = tmp_path / "new" / "folder"
+    assert language.main(flags(folder, out, "--arms", "softmax", "--text", str(text))) == 0
+    assert list(results(out)) == ["tiny-softmax-s0-lr0.01-c100-n6"]
+
+
+def test_a_folder_that_cannot_be_is_refused_before_training(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(language, "take", None)
+    (tmp_path / "file").touch()
+    assert language.main(flags(folder, tmp_path / "file" / "out")) == 1
+    assert "cannot write into it" in capsys.readouterr().err
+
+
 def test_a_run_that_is_out_of_time_leaves_nothing(folder, tmp_path, capsys):
     assert language.main(flags(folder, tmp_path, "--arms", "first", "ahla", "--minutes", "1e-9")) == 0
     assert not results(tmp_path)

@@ -46,6 +46,13 @@ def write(path: Path, value: object) -> None:
     write_atomic(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
+def folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{out}: cannot write into it ({e.strerror})") from None
+
+
 def read(out: Path) -> dict[str, dict]:
     """The results of a folder by key."""
     return {f.stem: json.loads(read_bytes(f, 1 << 26)) for f in sorted(out.glob("*-c*-n*.json"))}
@@ -204,6 +211,7 @@ def main(argv: list[str] | None = None) -> int:
             if getattr(args, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(args, name)}")
         if runs := plan(args):
+            folder(Path(args.out))  # before hours of training, not after them
             (side_by_side if args.workers > 1 else alone)(runs, args, until)
         results = read(Path(args.out))
         if args.bundle:

@@ -153,7 +153,6 @@ def kept_text(args: argparse.Namespace) -> Path:
     corpus = data.load_corpus(args.data, max_bytes=args.max_bytes, extra=args.extra, repeat=args.repeat)
     vocab = ModelConfig(**SIZES[args.size]).vocab_size
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     path = Path(args.tokenizer or out / f"text-{corpus.digest[:12]}-{vocab}.model")
     if args.tokenizer is None and not path.exists():
         tokenizer = train_tokenizer(corpus.train, vocab)
