@@ -1,7 +1,7 @@
-"""Print the language models' results as Markdown tables, and draw those of the small ones.
+"""Print the language models' results as Markdown tables, and draw some of them.
 
     python examples/study/texts.py                  # of text/runs.json and text/small-runs.json
-    python examples/study/texts.py --draw           # and pictures/small-models.png
+    python examples/study/texts.py --draw           # and pictures/small-models.png, long-context.png
 
 A row is an arm: nats per byte of held-out text, mean and range over the seeds at the learning rate that the
 first seed chose, and bytes of state after a text as long as the context.
@@ -13,7 +13,7 @@ import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -70,39 +70,69 @@ def mix_table(runs: list[dict[str, Any]]) -> list[str]:
     return lines + [row(arm, own) for arm, own in sorted(by_arm.items(), key=lambda item: loss(item[1]))]
 
 
-def draw(runs: list[dict[str, Any]], path: Path, context: int = 1024, steps: int = 300) -> None:
+def plots() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def colour(arm: str) -> str:
+    return "tab:grey" if "softmax" in arm else "tab:blue" if "window" in arm else "tab:orange"
+
+
+def draw_small(runs: list[dict[str, Any]], path: Path, context: int = 1024, steps: int = 300) -> None:
     members = [r for r in runs if (r["size"], r["context"], r["steps"]) == ("mini", context, steps)]
     by_arm = {arm: best_rate(own) for (arm,), own in groups(members, "arm").items()}
     found = sorted(((arm, own) for arm, own in by_arm.items() if len(own) > 1), key=lambda x: -loss(x[1]))
-    figure, ax = plt.subplots(figsize=(6.4, 1.4 + 0.26 * len(found)), layout="constrained")
+    kept = {arm: own[0]["state_bytes"] / 1e3 for arm, own in found}
+    usual = median(kept.values())
+    figure, ax = plots().subplots(figsize=(6.4, 1.4 + 0.26 * len(found)), layout="constrained")
+    names = []
     for i, (arm, own) in enumerate(found):
         each = [r["nats_per_byte"] for r in own]
-        colour = "tab:grey" if "softmax" in arm else "tab:blue" if "window" in arm else "tab:orange"
-        ax.barh(i, loss(own), color=colour, alpha=0.6)
+        ax.barh(i, loss(own), color=colour(arm), alpha=0.6)
         ax.plot([min(each), max(each)], [i, i], "k-", linewidth=1)
         ax.plot(each, [i] * len(each), "k|", markersize=6)
-    ax.set_yticks(range(len(found)), [arm for arm, _ in found])
+        names.append(arm if abs(kept[arm] / usual - 1) < 0.05 else f"{arm}, {kept[arm]:,.0f} kB")
+    ax.set_yticks(range(len(found)), names)
     ax.set_xlim(left=1.1)
     ax.set_xlabel("nats per byte; three seeds")
-    states = {r["state_bytes"] for arm, own in found if "softmax" not in arm for r in own}
-    title = f"0.94 million parameters, context {context:,}: softmax, and {min(states) / 1e3:.0f} kB of state"
+    title = f"0.94 million parameters, context {context:,}; {usual:.0f} kB of state but where it is said"
     ax.set_title(title, fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def draw_long(runs: list[dict[str, Any]], path: Path, context: int = 16384, steps: int = 1600) -> None:
+    """Nats per token in the stretch of tokens that ends at each power of two."""
+    members = [r for r in runs if (r["size"], r["context"], r["steps"]) == ("small", context, steps)]
+    figure, ax = plots().subplots(figsize=(6.4, 3.4), layout="constrained")
+    styles = {"softmax": "tab:grey", "window": "tab:orange", "window+hla2": "tab:blue"}
+    for r in sorted(members, key=lambda r: r["nats_per_byte"]):
+        ends = [int(end) for end in r["nats_per_token_to"]]
+        state = f"{r['state_bytes'] / 1e6:.1f} MB of state"
+        ax.plot(ends, list(r["nats_per_token_to"].values()), "o-", ms=4, color=styles.get(r["arm"]),
+                label=f"{r['arm']}: {r['nats_per_byte']:.3f} nats per byte, {state}")  # fmt: skip
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ends, [f"{end:,}" for end in ends])
+    ax.set_xlabel("tokens read, to")
+    ax.set_ylabel("nats per token")
+    ax.legend(fontsize=8)
+    ax.set_title(f"5.9 million parameters, context {context:,}, {steps:,} steps, one seed", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--draw", action="store_true", help="draw pictures/small-models.png; needs matplotlib")
+    p.add_argument("--draw", action="store_true", help="draw the pictures; needs matplotlib")
     args = p.parse_args()
     small = read("small-runs.json")
     print("\n".join([*mix_table(read("runs.json")), "", *small_table(small)]))
     if args.draw:
-        draw(small, HERE / "pictures" / "small-models.png")
+        draw_small(small, HERE / "pictures" / "small-models.png")
+        draw_long(small, HERE / "pictures" / "long-context.png")
 
 
 if __name__ == "__main__":
