@@ -91,6 +91,21 @@ def test_the_benchmark_has_its_table_its_file_and_its_picture(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
+def test_the_benchmark_of_decoding_has_its_table_and_its_file(tmp_path):
+    small = "--lengths 20 9 --batch 1 2 --operators hla2 readout --heads 2 --dim 8 --tokens 2 --seconds 0.001"
+    result = run("benchmark_decode.py", *small.split(), "--most", "5119", "--json", tmp_path / "a.json")
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 6
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [(r["batch"], r["T"]) for r in rows] == [(1, 9), (1, 20), (2, 9), (2, 20)]
+    assert [r["softmax_ms"] is None for r in rows] == [False, False, False, True]  # of 5,120 bytes
+    for r in rows:
+        hla2, readout = r["operators"].values()
+        assert hla2["state_bytes"] == r["batch"] * 2 * 4 * 2 * 8 * 8
+        assert readout["state_bytes"] == r["batch"] * 2 * 4 * (2 * 8 * 8 + 1)
+        assert min(x for one in (hla2, readout) for x in one.values()) > 0
+
+
 def test_where_two_curves_cross():
     crossing = runpy.run_path(str(EXAMPLES / "benchmark.py"))["crossing"]
     assert crossing([1000, 2000], [0.5, 2.0]) == "ahead from about 1,400 tokens on"
