@@ -250,6 +250,12 @@ MUTANTS = [
         "bounds of a fixed-size array",
     ),
     Mutant(
+        "member index past the end",
+        "float total = 0;",
+        "struct { float of[4]; } z; z.of[sg + 1] = 0; float total = z.of[sg + 1];",
+        "bounds of a fixed-size array",
+    ),
+    Mutant(
         "write to an input",
         "float total = 0;",
         "((device T*)a)[t] = 0; float total = 0;",

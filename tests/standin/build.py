@@ -29,9 +29,11 @@ FRONT = shlex.split(
     "-ferror-limit=8 -Wno-unknown-attributes -Wimplicit-float-conversion"
 )
 # The checked mode: private variables start as NaN patterns; array bounds and integer divisions are guarded.
+# Without strict-flex-arrays clang takes an array that ends a struct, as a tile's fragments do, for one of any
+# length.
 WATCHED = shlex.split(
-    "-ftrivial-auto-var-init=pattern -fsanitize=array-bounds,integer-divide-by-zero -fsanitize-trap=all "
-    "-fno-sanitize-merge"
+    "-ftrivial-auto-var-init=pattern -fsanitize=array-bounds,integer-divide-by-zero -fstrict-flex-arrays=3 "
+    "-fsanitize-trap=all -fno-sanitize-merge"
 )
 BACK = [
     "-x",
