@@ -100,7 +100,7 @@ def test_strided_inputs(op, kind, monkeypatch):
     tiny_chunks(monkeypatch)
     problem = Problem(op, Case(decay="gates"))
     arrays = [views(x, kind) if x.ndim == 4 else x for x in problem.arrays.values()]
-    plain = [mx.array(np.array(x)) for x in arrays]
+    plain = [mx.array(np.array(x, order="C")) for x in arrays]  # without it, laid out as x is
 
     def results(arrays):
         def f(*arrays):
