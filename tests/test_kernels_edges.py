@@ -53,7 +53,7 @@ def views(x, kind):
 
 
 def by_rows(x):
-    """x's numbers row by row. Without the order, NumPy and MLX would keep the strides of a transposed array."""
+    """x's numbers row by row. Without the order, NumPy and MLX would keep a transposed array's strides."""
     return mx.array(np.array(x, order="C"))
 
 
