@@ -39,15 +39,19 @@
 // Mirrors passes.gradients.
 //# uses: linear dots
 
-CONSTANT float LOG_TINY = -69.07755f, SMALL = 0.25f, NOTHING = 1.0f / 16777216;
+CONSTANT float LOG_TINY = -99.657843f, SMALL = 0.25f, NOTHING = 1.0f / 16777216;
 
 // stage_decay with a decay of 0 as exact zero and, where its gradient is wanted, as 1e-30 too.
-template <int W, bool DECAY, typename P>
-FUNC void stage_both_decays(IN_SHARED Pair* cum, IN_SHARED Pair* least, P g, long step, int rows, Launch launch) {
+template <bool DECAY, int W, typename P>
+FUNC void stage_both_decays(
+    IN_SHARED Decays<W>& cum, IN_SHARED Pair* least, P g, long step, int rows, float power, Launch launch) {
   if (launch.simdgroup == 0) {
     const float decay = launch.lane < rows ? g[launch.lane * step] : 1.0f;
-    decay_sums(cum, W, decay, LOG_ZERO, launch.lane);
-    if (DECAY) decay_sums(least, W, decay, LOG_TINY, launch.lane);
+    decays_put(cum, decay, power, launch.lane);
+    if (DECAY) {
+      const Pair sum = decay_sum(decay, LOG_TINY);
+      if (launch.lane < W) least[launch.lane] = sum;
+    }
   }
 }
 
@@ -56,7 +60,7 @@ template <typename P>
 FUNC float past_small(P g, long step, int rows, float power, Launch launch) {
   const float decay = launch.lane < rows ? g[launch.lane * step] : 1.0f;
   const float count = lanes_sum(decay < SMALL ? 1.0f : 0.0f);
-  const float most = exp(power * lanes_sum(log(decay < SMALL ? SMALL : decay))) / SMALL;
+  const float most = exp_two(power * lanes_sum(log_two(decay < SMALL ? SMALL : decay))) / SMALL;
   return count > 0.0f ? most : 2.0f;
 }
 
@@ -64,14 +68,14 @@ FUNC float past_small(P g, long step, int rows, float power, Launch launch) {
 // chunk's end gives; then G at its start: state = b_end^p state + scale U^T b^p right.
 template <int K, int R, int NC, typename PU, typename PR>
 FUNC void step_back(
-    OWN Tile<R, NC>& out, OWN State<K, NC>& state, IN_SHARED const float* p, int ldp, PU u, int ldu, PR right,
-    int ldr, int cols, IN_SHARED const Pair* cum, float power, float scale, Spot at) {
+    OWN Tile<R, NC>& out, OWN State<K, NC>& state, IN_SHARED const Score* p, int ldp, PU u, int ldu, PR right,
+    int ldr, int cols, IN_SHARED const Decays<8 * R>& cum, float power, float scale, Spot at) {
   tile_decay_to_end(out, cum, power, at);
   Tile<R, NC> r;
   tile_take(r, right, ldr, cols, at);
   tile_mma<R, R, NC, true, true>(out, p, ldp, r, at);  // out += P^T right
   tile_decay_from_start(r, cum, power, scale, at);
-  tile_scale(state, decay_since_start(cum[8 * R - 1], power));
+  tile_scale(state, chunk_decay(cum, power));
   tile_mma<K, R, NC, true, false>(state, u, ldu, r, at);
 }
 
@@ -104,13 +108,14 @@ FUNC void step_back(
 // Threadgroup bytes: W (DZ' + pad) (sizeof(TD) + sizeof(TZ)) + 4 W (W + 4) + 4 W stripes + 16 W.
 //# body
   constexpr int K = (DZ + 7) / 8, R = W / 8, LDD = 8 * K + 16 / sizeof(TD), LDZ = 8 * K + 16 / sizeof(TZ);
-  constexpr int LDP = W + 4, NS = (DY + 8 * NC - 1) / (8 * NC);
+  constexpr int LDP = W + 16 / sizeof(Score), NS = (DY + 8 * NC - 1) / (8 * NC);
   constexpr bool SELDOM = DECAY && KEEP > W;
   SHARED TD ds[W * LDD];
   SHARED TZ zs[W * LDZ];
-  SHARED float ps[W * LDP];
+  SHARED Score ps[W * LDP];
   SHARED float reads[NS * W];
-  SHARED Pair cum[W], least[W];
+  SHARED Decays<W> cum;
+  SHARED Pair least[W];
 
   const int hs = entry_shape[1], shead = head * hs / ho, col0 = 8 * NC * launch.simdgroup;
   const bool keeps = DECAY && head % (ho / hs) == 0;
@@ -124,9 +129,9 @@ FUNC void step_back(
     const int rows = min(W, walk.count - u), t = walk.first + u;
     stage<W, 8 * K>(ds, LDD, d + d_base + t * d_strides[1], int(d_strides[1]), int(d_strides[3]), rows, DZ, launch);
     stage<W, 8 * K>(zs, LDZ, z + z_base + t * z_strides[1], int(z_strides[1]), int(z_strides[3]), rows, DZ, launch);
-    stage_both_decays<W, DECAY>(cum, least, g + g_base + t * g_strides[1], g_strides[1], rows, launch);
+    stage_both_decays<DECAY>(cum, least, g + g_base + t * g_strides[1], g_strides[1], rows, power, launch);
     sync_threadgroup();
-    scores<W, K>(ps, LDP, ds, LDD, zs, LDZ, cum, power, scale, launch, at);
+    scores<K>(ps, LDP, ds, LDD, zs, LDZ, cum, power, scale, launch, at);
     Tile<R, NC> ys, out;
     tile_zero(out);
     tile_mma<R, K, NC, false, false, SELDOM>(out, ds, LDD, state, at);  // dX = scale b d S^T
@@ -157,7 +162,7 @@ FUNC void step_back(
     }
     tile_write<TO>(out, dx + ((long(batch) * total + t) * ho + head) * DY + col0, ho * DY, 1, rows, DY - col0, at);
     tile_decay_to_end(ys, cum, power, at);
-    tile_scale(state, decay_since_start(cum[W - 1], power));
+    tile_scale(state, chunk_decay(cum, power));
     tile_mma<K, R, NC, true, false>(state, zs, LDZ, ys, at);  // S^T = b_W S^T + Z^T (b_W / b) Y
     if (DECAY && launch.index < rows) {
       float sum = 0.0f;
@@ -192,7 +197,7 @@ FUNC void step_back(
 // Threadgroup bytes: W (M' + pad) (sizeof(TX) + sizeof(TY) + sizeof(TZ) + sizeof(TD)), M' the wider of both,
 // + 8 W (W + 4) + 16 W, and where DECAY 4 (W (W / 4 + 9 + NS) + NS + 2), NS the simdgroups of dz.
 //# body
-  constexpr int K = ((DY > DZ ? DY : DZ) + 7) / 8, R = W / 8, LDP = W + 4;
+  constexpr int K = ((DY > DZ ? DY : DZ) + 7) / 8, R = W / 8, LDP = W + 16 / sizeof(Score);
   constexpr int NS = (K + NC * HALVES - 1) / (NC * HALVES);
   constexpr bool SELDOM = DECAY && KEEP > W;
   constexpr int LDX = 8 * K + 16 / sizeof(TX), LDY = 8 * K + 16 / sizeof(TY);
@@ -200,9 +205,10 @@ FUNC void step_back(
   constexpr int XD_BYTES = W * (LDX * sizeof(TX) + LDD * sizeof(TD)), Y_BYTES = W * LDY * sizeof(TY);
   constexpr int ROOM = XD_BYTES + Y_BYTES + (SAME ? 0 : W * LDZ * int(sizeof(TZ)));
   SHARED float room[ROOM / 4];
-  SHARED float ps[W * LDP], ms[W * LDP];
-  SHARED Pair cum[W], least[W];
-  SHARED float by_row[DECAY ? W * R : 1], by_col[DECAY ? W * R : 1], diagonal[DECAY ? W * 8 : 1];
+  SHARED Score ps[W * LDP], ms[W * LDP];
+  SHARED Decays<W> cum;
+  SHARED Pair least[W];
+  SHARED Parts<DECAY ? W : 8> parts;
   SHARED float tails[DECAY ? W : 1], writes[DECAY ? NS * W : 1], crossing[DECAY ? NS : 1], past[1], whole[1];
   IN_SHARED TX* xs = reinterpret_cast<IN_SHARED TX*>(room);
   IN_SHARED TD* ds = reinterpret_cast<IN_SHARED TD*>(xs + W * LDX);
@@ -233,7 +239,9 @@ FUNC void step_back(
     if (!SAME) {
       stage<W, 8 * K>(zs, LDZ, z + z_base + t * z_strides[1], int(z_strides[1]), int(z_strides[3]), rows, DZ, launch);
     }
-    stage_both_decays<W, DECAY>(cum, least, g + g_base + t * g_strides[1], g_strides[1], rows, launch);
+    stage_both_decays<DECAY>(cum, least, g + g_base + t * g_strides[1], g_strides[1], rows, power, launch);
+    float read = 0.0f;  // a, in the first simdgroup
+    if (DECAY && launch.index < rows && part == 0) read = a[(long(batch) * total + t + launch.index) * ho + head];
     if (SELDOM && launch.simdgroup == 0) {
       const float most = past_small(g + g_base + t * g_strides[1], g_strides[1], rows, power, launch);
       if (launch.lane == 0) past[0] = most;
@@ -251,8 +259,8 @@ FUNC void step_back(
       if (launch.simdgroup == 0) {
         float sum = 0.0f;
         for (int n = 0; n < NS && launch.lane < W; n++) sum += writes[n * W + launch.lane];
-        if (launch.lane < W) sum *= decay_between(cum[W - 1], cum[launch.lane], power);
-        flow = flow * decay_since_start(cum[W - 1], power) + lanes_sum(sum);
+        if (launch.lane < W) sum *= decay_between(cum.sums[W - 1], cum.sums[launch.lane], power);
+        flow = flow * chunk_decay(cum, power) + lanes_sum(sum);
       }
       sync_threadgroup();
       v += W;
@@ -276,39 +284,8 @@ FUNC void step_back(
         continue;
       }
     }
-    // ps = scale D^p (x y^T), ms = scale D^p (d z^T), and M summed over the columns and rows of its blocks.
-    for (int n = launch.simdgroup; n < R * (R + 1) / 2; n += launch.threads / 32) {
-      const Spot ij = triangle_block(n);
-      Frag xy = frag_zero(), dz_ = frag_zero();
-      block_mma<K>(xy, xs + 8 * ij.row * LDX, LDX, ys + 8 * ij.col * LDY, LDY, at);
-      block_mma<K>(dz_, ds + 8 * ij.row * LDD, LDD, zs + 8 * ij.col * LDZ, LDZ, at);
-      const int row = 8 * ij.row + at.row, col = 8 * ij.col + at.col;
-      const Pair left = frag_get(xy), right = frag_get(dz_);
-      Pair pair;
-      HLA_UNROLL
-      for (int e = 0; e < 2; e++) {
-        const bool causal = col + e <= row, before = col + e < row;
-        const float between = causal ? scale * decay_between(cum[row], cum[col + e], power) : 0.0f;
-        ps[row * LDP + col + e] = between * left[e];
-        ms[row * LDP + col + e] = between * right[e];
-        if (DECAY) {
-          pair[e] = before ? own * left[e] * right[e] * decay_between(least[row], least[col + e], power) : 0.0f;
-        }
-      }
-      if (DECAY) {
-        if (ij.row == ij.col) {
-          diagonal[8 * row + at.col] = pair[0];
-          diagonal[8 * row + at.col + 1] = pair[1];
-        }
-        const float row_total = row_sum(pair[0] + pair[1]);
-        const Pair col_total = Pair(col_sum(pair[0]), col_sum(pair[1]));
-        if (at.col == 0) by_row[row * R + ij.col] = row_total;
-        if (at.row == 0) {
-          by_col[col * R + ij.row] = col_total[0];
-          by_col[(col + 1) * R + ij.row] = col_total[1];
-        }
-      }
-    }
+    two_scores<K, DECAY>(ps, ms, LDP, xs, LDX, ys, LDY, ds, LDD, zs, LDZ, cum, least, parts, power, scale, own, launch,
+                         at);
     if (of_y) {
       tile_mma<R, K, NC, false, false>(out, zs, LDZ, state, at);  // dY = (b_W / b) Z G^T
     } else {
@@ -332,17 +309,21 @@ FUNC void step_back(
     if (DECAY && launch.simdgroup == 0) {
       // by_row[i][J] becomes a_i + the sum over the blocks before J; tails[j] the sum over the blocks below j's.
       const int i = launch.lane;
-      float read = 0.0f, write = 0.0f;
+      float write = 0.0f;
       if (i < W) {
-        if (i < rows && part == 0) read = a[token + i * ho];
         float sum = read, tail = 0.0f;
+        HLA_UNROLL
         for (int n = 0; n < NS; n++) write += writes[n * W + i];
-        for (int n = 0; n <= i / 8; n++) {
-          const float block_sum = by_row[i * R + n];
-          by_row[i * R + n] = sum;
-          sum += block_sum;
+        HLA_UNROLL
+        for (int n = 0; n < R; n++) {
+          if (n <= i / 8) {
+            const float block_sum = parts.by_row[i * R + n];
+            parts.by_row[i * R + n] = sum;
+            sum += block_sum;
+          } else {
+            tail += parts.by_col[i * R + n];
+          }
         }
-        for (int n = i / 8 + 1; n < R; n++) tail += by_col[i * R + n];
         tails[i] = tail;
         write *= decay_between(least[W - 1], least[i], power);
         writes[i] = write;
@@ -358,25 +339,35 @@ FUNC void step_back(
     }
     sync_threadgroup();
     if (SAME) {  // the tiles are done with: their room takes dz's part over to dy's simdgroups
-      IN_SHARED float* parts = room + col0;
-      if (!of_y) tile_put(out, parts, LDS, 8 * K - col0, at);
+      IN_SHARED float* other = room + col0;
+      if (!of_y) tile_put(out, other, LDS, 8 * K - col0, at);
       sync_threadgroup();
       if (of_y) {
-        tile_add(out, parts, LDS, 8 * K - col0, 1.0f, at);
+        tile_add(out, other, LDS, 8 * K - col0, 1.0f, at);
         tile_write<TOY>(out, dy + token * DY + col0, ho * DY, 1, rows, DY - col0, at);
       }
     }
-    if (DECAY) {
-      for (int i = launch.index; i < rows; i += launch.threads) {
-        const int n = i / 8;
-        float sum = whole[0];
-        for (int j = 0; j < i; j++) sum += writes[j];
-        for (int j = 8 * n; j < i; j++) sum += tails[j];
-        for (int j = i; j < W; j++) sum += by_row[j * R + n];
-        for (int j = i; j < 8 * n + 8; j++) {
-          for (int c = 8 * n; c < i; c++) sum += diagonal[8 * j + c % 8];
+    if (DECAY) {  // eight lanes share a token's sums
+      const int e = launch.index % 8;
+      for (int first_row = 0; first_row < rows; first_row += launch.threads / 8) {
+        const int i = first_row + launch.index / 8, n = i / 8;
+        float sum = 0.0f;
+        if (i < rows) {
+          HLA_UNROLL
+          for (int m = 0; m < R; m++) {
+            const int j = 8 * m + e;
+            if (j < i) sum += writes[j];
+            if (j >= i) sum += parts.by_row[j * R + n];
+          }
+          const int j = 8 * n + e;
+          if (j < i) sum += tails[j];
+          HLA_UNROLL
+          for (int c = 0; c < 8; c++) {
+            if (j >= i && 8 * n + c < i) sum += parts.diagonal[8 * j + c];
+          }
         }
-        r[(token + i * ho) * HALVES + part] = sum;
+        sum = eight_sum(sum);
+        if (e == 0 && i < rows) r[(token + i * ho) * HALVES + part] = whole[0] + sum;
       }
     }
     if (SAME) sync_threadgroup();

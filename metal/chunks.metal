@@ -4,64 +4,30 @@
 
 // ---- The decay inside a chunk --------------------------------------------------------------------
 //
-// cum[r] holds log g_0 + .. + log g_r of the chunk's tokens in two parts: each log is split into a
-// multiple of 2^-10, whose sums float32 holds exactly, and a rest below 2^-11. So a difference of two
-// sums has no cancellation, and D_ij = exp(cum_i - cum_j) is exact to rounding. log 0 counts as -128,
-// whose exponential is 0 in float32: an exact zero in the decay resets the state to exact zeros. A NaN stays
-// one: so is everything that it decays, as in a step.
+// The sums of a chunk hold lb g_0 + .. + lb g_r of its tokens, lb the logarithm to base 2, in two parts: each is split
+// into a multiple of 2^-10, whose sums float32 holds exactly, and a rest below 2^-11. So a difference of two sums
+// has no cancellation, and D_ij = 2^(sum_i - sum_j) is exact to rounding. lb 0 counts as -185, whose power is 0 in
+// float32: an exact zero in the decay resets the state to exact zeros. A NaN stays one: so is everything that it
+// decays, as in a step.
 
-CONSTANT float LOG_ZERO = -128.0f;
+CONSTANT float LOG_ZERO = -185.0f;
 
-// One simdgroup, its lane holding the decay of token `lane` (1 beyond the chunk).
-FUNC void decay_sums(IN_SHARED Pair* cum, int width, float g, float log_least, int lane) {
-  float l = log(g);
+// This lane's sum, of the decay g of token `lane` (1 beyond the chunk) and of all before it.
+FUNC Pair decay_sum(float g, float log_least) {
+  float l = log_two(g);
   if (g <= 0.0f || l < log_least) l = log_least;  // not max, which drops a NaN
-  float hi = rint(l * 1024.0f) * (1.0f / 1024.0f);
-  Pair sum = Pair(lanes_cumsum(hi), lanes_cumsum(l - hi));
-  if (lane < width) cum[lane] = sum;
-}
-
-// The sums of a chunk of W <= 32 tokens by the first simdgroup, to be read after the next barrier. g is the decay of
-// the chunk's first token, that of the next lies `step` on.
-template <int W, typename P>
-FUNC void stage_decay(IN_SHARED Pair* cum, P g, long step, int rows, Launch launch) {
-  if (launch.simdgroup == 0) {
-    const float decay = launch.lane < rows ? g[launch.lane * step] : 1.0f;
-    decay_sums(cum, W, decay, LOG_ZERO, launch.lane);
-  }
+  const float hi = rint(l * 1024.0f) * (1.0f / 1024.0f);
+  return Pair(lanes_cumsum(hi), lanes_cumsum(l - hi));
 }
 
 // (product of g over the tokens after `from` up to `to`)^power
 FUNC float decay_between(Pair to, Pair from, float power) {
-  return exp(power * ((to[0] - from[0]) + (to[1] - from[1])));
+  return exp_two(power * ((to[0] - from[0]) + (to[1] - from[1])));
 }
 
-FUNC float decay_since_start(Pair to, float power) { return exp(power * (to[0] + to[1])); }
+FUNC float decay_since_start(Pair to, float power) { return exp_two(power * (to[0] + to[1])); }
 
-// Row r of t times (decay from token r to the chunk's end)^power.
-template <int R, int C>
-FUNC void tile_decay_to_end(OWN Tile<R, C>& t, IN_SHARED const Pair* cum, float power, Spot at) {
-  HLA_UNROLL
-  for (int r = 0; r < R; r++) {
-    float by = decay_between(cum[8 * R - 1], cum[8 * r + at.row], power);
-    HLA_UNROLL
-    for (int c = 0; c < C; c++) frag_scale(t.f[r][c], by);
-  }
-}
-
-// Row r of t times scale (decay from the chunk's start through token r)^power.
-template <int R, int C>
-FUNC void tile_decay_from_start(
-    OWN Tile<R, C>& t, IN_SHARED const Pair* cum, float power, float scale, Spot at) {
-  HLA_UNROLL
-  for (int r = 0; r < R; r++) {
-    float by = scale * decay_since_start(cum[8 * r + at.row], power);
-    HLA_UNROLL
-    for (int c = 0; c < C; c++) frag_scale(t.f[r][c], by);
-  }
-}
-
-// ---- Scores --------------------------------------------------------------------------------------
+// ---- Blocks of a triangle ------------------------------------------------------------------------
 
 // The n-th block of a lower triangle, row by row.
 FUNC Spot triangle_block(int n) {
@@ -72,12 +38,61 @@ FUNC Spot triangle_block(int n) {
   return block;
 }
 
+// ---- The decay of rows ---------------------------------------------------------------------------
+//
+//     Decays<W>                  what a threadgroup keeps of the decays of W <= 32 tokens: `sums`
+//     decays_put                 makes that, by the first simdgroup whose lane has the decay of token `lane`
+//     chunk_decay<N>             (decay over the chunk)^(N power)
+//     tile_decay_to_end<N>       row r of t times (decay from token r to the chunk's end)^(N power)
+//     tile_decay_from_start<N>   row r of t times scale (decay from the chunk's start through token r)^(N power)
+//
+// `power` is the same in all of them.
+
+template <int W>
+struct Decays {
+  Pair sums[W];
+};
+
+template <int W>
+FUNC void decays_put(IN_SHARED Decays<W>& cum, float g, float, int lane) {
+  const Pair sum = decay_sum(g, LOG_ZERO);
+  if (lane < W) cum.sums[lane] = sum;
+}
+
+template <int N = 1, int W>
+FUNC float chunk_decay(IN_SHARED const Decays<W>& cum, float power) {
+  return decay_since_start(cum.sums[W - 1], N * power);
+}
+
+template <int N = 1, int R, int C, int W>
+FUNC void tile_decay_to_end(OWN Tile<R, C>& t, IN_SHARED const Decays<W>& cum, float power, Spot at) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    float by = decay_between(cum.sums[W - 1], cum.sums[8 * r + at.row], N * power);
+    HLA_UNROLL
+    for (int c = 0; c < C; c++) frag_scale(t.f[r][c], by);
+  }
+}
+
+template <int N = 1, int R, int C, int W>
+FUNC void tile_decay_from_start(
+    OWN Tile<R, C>& t, IN_SHARED const Decays<W>& cum, float power, float scale, Spot at) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    float by = scale * decay_since_start(cum.sums[8 * r + at.row], N * power);
+    HLA_UNROLL
+    for (int c = 0; c < C; c++) frag_scale(t.f[r][c], by);
+  }
+}
+
+// ---- Scores --------------------------------------------------------------------------------------
+
 // p = scale D^power (x y^T) on and below the diagonal of the W x W chunk, zero above it inside the
 // diagonal blocks (the blocks above are neither written nor read). x and y in threadgroup memory,
 // W rows of 8K. The blocks are dealt out to the simdgroups in turn.
-template <int W, int K, typename PX, typename PY>
+template <int K, int W, typename PX, typename PY>
 FUNC void scores(
-    IN_SHARED float* p, int ldp, PX x, int ldx, PY y, int ldy, IN_SHARED const Pair* cum, float power,
+    IN_SHARED Score* p, int ldp, PX x, int ldx, PY y, int ldy, IN_SHARED const Decays<W>& cum, float power,
     float scale, Launch launch, Spot at) {
   constexpr int B = W / 8;
   for (int n = launch.simdgroup; n < B * (B + 1) / 2; n += launch.threads / 32) {
@@ -86,15 +101,22 @@ FUNC void scores(
     block_mma<K>(s, x + 8 * ij.row * ldx, ldx, y + 8 * ij.col * ldy, ldy, at);
     int row = 8 * ij.row + at.row, col = 8 * ij.col + at.col;
     Pair pair = frag_get(s);
-    Pair to = cum[row];
+    Pair to = cum.sums[row];
     Run<float, 2> run;
-    run[0] = col <= row ? scale * pair[0] * decay_between(to, cum[col], power) : 0.0f;
-    run[1] = col + 1 <= row ? scale * pair[1] * decay_between(to, cum[col + 1], power) : 0.0f;
+    run[0] = col <= row ? scale * pair[0] * decay_between(to, cum.sums[col], power) : 0.0f;
+    run[1] = col + 1 <= row ? scale * pair[1] * decay_between(to, cum.sums[col + 1], power) : 0.0f;
     run_write(p + row * ldp + col, run);
   }
 }
 
 // ---- Staging -------------------------------------------------------------------------------------
+
+// The decays of a chunk of W tokens by the first simdgroup, to be read after the next barrier. g is the decay of
+// the chunk's first token, that of the next lies `step` on.
+template <int W, typename P>
+FUNC void stage_decay(IN_SHARED Decays<W>& cum, P g, long step, int rows, float power, Launch launch) {
+  if (launch.simdgroup == 0) decays_put(cum, launch.lane < rows ? g[launch.lane * step] : 1.0f, power, launch.lane);
+}
 
 // The n-th place of a grid of COLS columns, row by row, and the place that lies `by` after another: a thread that
 // goes through a grid so divides twice, not for every place.

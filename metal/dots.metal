@@ -1,4 +1,7 @@
-// Dot products of a tile with what lies in memory, row by row and in all. No kernels.
+// For the decay's gradient: dot products of a tile with what lies in memory, row by row and in all, and products of two
+// matrices of scores, summed. No kernels.
+
+// ---- Dot products --------------------------------------------------------------------------------
 
 // This lane's part of the sum of all products of fragment row r of t and the block at p, which is zero
 // outside rows x cols; runs: see in_runs.
@@ -33,5 +36,56 @@ FUNC void tile_dot_rows(
   for (int r = 0; r < R; r++) {
     const float sum = row_sum(tile_row_dot(t, r, p, row_step, col_step, runs, rows, cols, at));
     if (at.col == 0) sums[8 * r + at.row] = sum;
+  }
+}
+
+// ---- Products of scores --------------------------------------------------------------------------
+
+// Sums of a matrix M of W x W below its diagonal, in 8 x 8 blocks: of a row over the columns of a block, of a column
+// over the rows of one; and the blocks on the diagonal.
+template <int W>
+struct Parts {
+  float by_row[W * W / 8], by_col[W * W / 8], diagonal[W * 8];
+};
+
+// ps = scale D^power (x y^T) and ms = scale D^power (d z^T) as `scores` makes them, and where DECAY the parts of
+// M_ij = own (x_i . y_j) (d_i . z_j) D_ij^power, its D from `least`.
+template <int K, bool DECAY, int W, int V, typename PX, typename PY, typename PD, typename PZ>
+FUNC void two_scores(
+    IN_SHARED Score* ps, IN_SHARED Score* ms, int ldp, PX x, int ldx, PY y, int ldy, PD d, int ldd, PZ z, int ldz,
+    IN_SHARED const Decays<W>& cum, IN_SHARED const Pair* least, IN_SHARED Parts<V>& parts, float power, float scale,
+    float own, Launch launch, Spot at) {
+  constexpr int R = W / 8;
+  for (int n = launch.simdgroup; n < R * (R + 1) / 2; n += launch.threads / 32) {
+    const Spot ij = triangle_block(n);
+    Frag xy = frag_zero(), dz = frag_zero();
+    block_mma<K>(xy, x + 8 * ij.row * ldx, ldx, y + 8 * ij.col * ldy, ldy, at);
+    block_mma<K>(dz, d + 8 * ij.row * ldd, ldd, z + 8 * ij.col * ldz, ldz, at);
+    const int row = 8 * ij.row + at.row, col = 8 * ij.col + at.col;
+    const Pair left = frag_get(xy), right = frag_get(dz);
+    Pair pair;
+    HLA_UNROLL
+    for (int e = 0; e < 2; e++) {
+      const bool causal = col + e <= row, before = col + e < row;
+      const float between = causal ? scale * decay_between(cum.sums[row], cum.sums[col + e], power) : 0.0f;
+      ps[row * ldp + col + e] = between * left[e];
+      ms[row * ldp + col + e] = between * right[e];
+      if (DECAY) {
+        pair[e] = before ? own * left[e] * right[e] * decay_between(least[row], least[col + e], power) : 0.0f;
+      }
+    }
+    if (DECAY) {
+      if (ij.row == ij.col) {
+        parts.diagonal[8 * row + at.col] = pair[0];
+        parts.diagonal[8 * row + at.col + 1] = pair[1];
+      }
+      const float row_total = row_sum(pair[0] + pair[1]);
+      const Pair col_total = Pair(col_sum(pair[0]), col_sum(pair[1]));
+      if (at.col == 0) parts.by_row[row * R + ij.col] = row_total;
+      if (at.row == 0) {
+        parts.by_col[col * R + ij.row] = col_total[0];
+        parts.by_col[(col + 1) * R + ij.row] = col_total[1];
+      }
+    }
   }
 }

@@ -20,34 +20,30 @@
 // Mirrors mlx_hla.ops.hla2.
 //# uses: linear
 
-// The first pass over a chunk that is staged: K~ to kts, this simdgroup's columns of it also to `out`, and S to the
-// chunk's end. ps is scratch. One barrier inside; kts is to be read after the next.
+// The first pass over a chunk that is staged: K~ to kts, this simdgroup's columns of it also to `out`, and those of K
+// to `right`, for pass_write of S. ps is scratch. One barrier inside; kts is to be read after the next.
 template <int W, int LD, int LDK, int LDP, int K, int R, int NC, typename T>
 FUNC void walk_keys(
-    OWN State<K, NC>& s, OWN Tile<R, NC>& out, IN_SHARED T* qs, IN_SHARED T* ks, IN_SHARED float* kts,
-    IN_SHARED float* ps, IN_SHARED const Pair* cum, float scale, float ridge, int col0, Launch launch, Spot at) {
-  scores<W, K>(ps, LDP, qs, LD, ks, LD, cum, 1.0f, scale, launch, at);
-  Tile<R, NC> right;
-  tile_zero(out);
-  tile_mma<R, K, NC, false, false>(out, qs, LD, s, at);  // K~ = scale b Q S
-  tile_decay_from_start(out, cum, 1.0f, scale, at);
-  tile_add(out, qs + col0, LD, 8 * K - col0, scale * ridge, at);  // K~ += scale ridge Q
+    OWN State<K, NC>& s, OWN Tile<R, NC>& out, OWN Tile<R, NC>& right, IN_SHARED T* qs, IN_SHARED T* ks,
+    IN_SHARED Score* kts, IN_SHARED Score* ps, IN_SHARED const Decays<W>& cum, float scale, float ridge, int col0,
+    Launch launch, Spot at) {
+  scores<K>(ps, LDP, qs, LD, ks, LD, cum, 1.0f, scale, launch, at);
+  pass_read(out, s, qs, LD, cum, 1.0f, scale, at);  // K~ = scale b Q S
+  if (ridge != 0.0f) tile_add(out, qs + col0, LD, 8 * K - col0, scale * ridge, at);  // K~ += scale ridge Q
   tile_take(right, ks + col0, LD, 8 * K - col0, at);
   sync_threadgroup();
   tile_mma<R, R, NC, false, true>(out, ps, LDP, right, at);  // K~ += P K
   tile_put(out, kts + col0, LDK, 8 * K - col0, at);
-  tile_decay_to_end(right, cum, 1.0f, at);
-  tile_scale(s, decay_since_start(cum[W - 1], 1.0f));
-  tile_mma<K, R, NC, true, false>(s, ks, LD, right, at);  // S = b_W S + K^T (b_W / b) K
 }
 
 //# before each body
-  constexpr int K = (D + 7) / 8, R = W / 8, LD = 8 * K + 16 / sizeof(T), LDK = 8 * K + 4, LDP = W + 4;
+  constexpr int K = (D + 7) / 8, R = W / 8, LD = 8 * K + 16 / sizeof(T), PAD = 16 / sizeof(Score);
+  constexpr int LDK = 8 * K + PAD, LDP = W + PAD;
   SHARED T qs[W * LD];
   SHARED T ks[W * LD];
-  SHARED float kts[W * LDK];
-  SHARED float ps[W * LDP];
-  SHARED Pair cums[2 * W];
+  SHARED Score kts[W * LDK];
+  SHARED Score ps[W * LDP];
+  SHARED Decays<W> cums[2];
 
   const int total = q_shape[1], hq = q_shape[2], hkv = k_shape[2];
   const int bh = launch.group.z, batch = bh / hq, head = bh % hq, kv = head * hkv / hq;
@@ -76,25 +72,22 @@ FUNC void walk_keys(
             int(f_first_strides[2]), int(f_first_strides[3]), D, DV - col0, at);
   for (int u = 0; u < total; u += W) {
     const int rows = min(W, total - u);
-    IN_SHARED Pair* cum = cums + (u / W % 2) * W;  // the next chunk's sums wait for nobody
+    IN_SHARED Decays<W>& cum = cums[u / W % 2];  // the next chunk's sums wait for nobody
     stage<W, 8 * K>(qs, LD, q + q_base + u * q_strides[1], int(q_strides[1]), int(q_strides[3]), rows, D, launch);
     stage<W, 8 * K>(ks, LD, k + k_base + u * k_strides[1], int(k_strides[1]), int(k_strides[3]), rows, D, launch);
-    stage_decay<W>(cum, g + g_base + u * g_strides[1], g_strides[1], rows, launch);
+    stage_decay<W>(cum, g + g_base + u * g_strides[1], g_strides[1], rows, 1.0f, launch);
     sync_threadgroup();
     Tile<R, NC> right, out;
-    walk_keys<W, LD, LDK, LDP>(s, out, qs, ks, kts, ps, cum, scale, ridge, col0, launch, at);
+    walk_keys<W, LD, LDK, LDP>(s, out, right, qs, ks, kts, ps, cum, scale, ridge, col0, launch, at);
+    pass_write(s, ks, LD, right, cum, 1.0f, at);  // S = b_W S + K^T (b_W / b) K
     sync_threadgroup();
-    scores<W, K>(ps, LDP, qs, LD, kts, LDK, cum, 2.0f, scale, launch, at);
+    scores<K>(ps, LDP, qs, LD, kts, LDK, cum, 2.0f, scale, launch, at);
     tile_read(right, v + v_base + u * v_strides[1], int(v_strides[1]), int(v_strides[3]), rows, DV - col0, at);
-    tile_zero(out);
-    tile_mma<R, K, NC, false, false>(out, qs, LD, f, at);  // O = scale b^2 Q F
-    tile_decay_from_start(out, cum, 2.0f, scale, at);
+    pass_read<2>(out, f, qs, LD, cum, 1.0f, scale, at);  // O = scale b^2 Q F
     sync_threadgroup();
     tile_mma<R, R, NC, false, true>(out, ps, LDP, right, at);  // O += P' V
     tile_write<T>(out, o + ((long(batch) * total + u) * hq + head) * DV + col0, hq * DV, 1, rows, DV - col0, at);
-    tile_decay_to_end(right, cum, 2.0f, at);
-    tile_scale(f, decay_since_start(cum[W - 1], 2.0f));
-    tile_mma<K, R, NC, true, false>(f, kts, LDK, right, at);  // F = b_W^2 F + K~^T (b_W / b)^2 V
+    pass_write<2>(f, kts, LDK, right, cum, 1.0f, at);  // F = b_W^2 F + K~^T (b_W / b)^2 V
   }
   if (head % (hq / hkv) == 0) {
     tile_write<float>(s, s_last + (long(batch) * hkv + kv) * (D * D) + col0, D, 1, D, D - col0, at);
@@ -122,23 +115,21 @@ FUNC void walk_keys(
   Pair whole = Pair(0.0f, 0.0f);
   for (int u = 0; u < walk.count; u += W) {
     const int rows = min(W, walk.count - u), t = walk.first + u;
-    IN_SHARED Pair* cum = cums + (u / W % 2) * W;
+    IN_SHARED Decays<W>& cum = cums[u / W % 2];
     stage<W, 8 * K>(qs, LD, q + q_base + t * q_strides[1], int(q_strides[1]), int(q_strides[3]), rows, D, launch);
     stage<W, 8 * K>(ks, LD, k + k_base + t * k_strides[1], int(k_strides[1]), int(k_strides[3]), rows, D, launch);
-    stage_decay<W>(cum, g + g_base + t * g_strides[1], g_strides[1], rows, launch);
+    stage_decay<W>(cum, g + g_base + t * g_strides[1], g_strides[1], rows, 1.0f, launch);
     sync_threadgroup();
     Tile<R, NC> right, out;
-    walk_keys<W, LD, LDK, LDP>(s, out, qs, ks, kts, ps, cum, scale, ridge, col0, launch, at);
+    walk_keys<W, LD, LDK, LDP>(s, out, right, qs, ks, kts, ps, cum, scale, ridge, col0, launch, at);
     tile_write<TK>(out, kt + ((long(batch) * total + t) * hq + head) * D + col0, hq * D, 1, rows, D - col0, at);
+    pass_write(s, ks, LD, right, cum, 1.0f, at);  // S = b_W S + K^T (b_W / b) K
     if (summed) {
       tile_read(right, v + v_base + t * v_strides[1], int(v_strides[1]), int(v_strides[3]), rows, DV - col0, at);
-      tile_decay_to_end(right, cum, 2.0f, at);
-      tile_scale(f, decay_since_start(cum[W - 1], 2.0f));
-      whole += cum[W - 1];
+      whole += cum.sums[W - 1];
     }
     sync_threadgroup();
-    // F = b_W^2 F + K~^T (b_W / b)^2 V
-    if (summed) tile_mma<K, R, NC, true, false>(f, kts, LDK, right, at);
+    if (summed) pass_write<2>(f, kts, LDK, right, cum, 1.0f, at);  // F = b_W^2 F + K~^T (b_W / b)^2 V
   }
   if (!summed && head % (hq / hkv) == 0) {
     tile_write<float>(s, s_last + (long(batch) * hkv + kv) * (D * D) + col0, D, 1, D, D - col0, at);

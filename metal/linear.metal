@@ -32,15 +32,38 @@ FUNC Walk block_walk(int block, int length, int total) {
   return walk;
 }
 
+// What a pass reads of its state: out = scale b^N X S, b to the `power`. Fences: see the GPU's own words.
+template <int N = 1, int R, int K, int NC, typename PX>
+FUNC void pass_read(
+    OWN Tile<R, NC>& out, OWN State<K, NC>& state, PX x, int ldx, IN_SHARED const Decays<8 * R>& cum, float power,
+    float scale, Spot at) {
+  tile_zero(out);
+  tile_mma<R, K, NC, false, false>(out, x, ldx, state, at);
+  tile_decay_from_start<N>(out, cum, power, scale, at);
+  fence_loads();
+}
+
+// What a pass writes: S = b_W^N S + Y^T (b_W / b)^N right. `right` is used up.
+template <int N = 1, int R, int K, int NC, typename PY>
+FUNC void pass_write(
+    OWN State<K, NC>& state, PY y, int ldy, OWN Tile<R, NC>& right, IN_SHARED const Decays<8 * R>& cum, float power,
+    Spot at) {
+  fence_loads();
+  tile_decay_to_end<N>(right, cum, power, at);
+  tile_scale(state, chunk_decay<N>(cum, power));
+  tile_mma<K, R, NC, true, false>(state, y, ldy, right, at);
+  fence_loads();
+}
+
 // The columns from col0 on of a symmetric state, to the end of the chunk y: S = b_W S + Y^T (b_W / b) Y, less the
 // blocks below the diagonal.
 template <int R, int K, int NC, typename PY>
 FUNC void add_symmetric(
-    OWN State<K, NC, true>& state, PY y, int ldy, IN_SHARED const Pair* cum, float power, int col0, Spot at) {
+    OWN State<K, NC, true>& state, PY y, int ldy, IN_SHARED const Decays<8 * R>& cum, float power, int col0, Spot at) {
   Tile<R, NC> right;
   tile_take_upper(right, y + col0, ldy, 8 * K - col0, at);
   tile_decay_to_end(right, cum, power, at);
-  tile_scale(state, decay_since_start(cum[8 * R - 1], power));
+  tile_scale(state, chunk_decay(cum, power));
   tile_mma_upper<K, R, NC>(state, y, ldy, right, col0 / 8, at);
 }
 
@@ -59,7 +82,7 @@ FUNC void add_symmetric(
 //# body
   constexpr int K = (DY + 7) / 8, R = W / 8, LD = 8 * K + 16 / sizeof(TY);
   SHARED TY ys[W * LD];
-  SHARED Pair cum[W];
+  SHARED Decays<W> cum;
 
   const int block = launch.group.y, bh = launch.group.z;
   const int hs = y_shape[2] > z_shape[2] ? y_shape[2] : z_shape[2];
@@ -82,7 +105,7 @@ FUNC void add_symmetric(
   for (int n = 0; n <= last_chunk; n += W) {
     const int u = BACK ? last_chunk - n : n, rows = min(W, walk.count - u), t = walk.first + u;
     stage<W, 8 * K>(ys, LD, y + y_base + t * y_strides[1], int(y_strides[1]), int(y_strides[3]), rows, DY, launch);
-    stage_decay<W>(cum, g + g_base + t * g_strides[1], g_strides[1], rows, launch);
+    stage_decay<W>(cum, g + g_base + t * g_strides[1], g_strides[1], rows, power, launch);
     sync_threadgroup();
     if (SQUARES) add_symmetric<R>(square, ys, LD, cum, power, col0, at);
     if (VALUES) {
@@ -91,13 +114,13 @@ FUNC void add_symmetric(
                 DZ - col0, at);
       if (BACK) {
         tile_decay_from_start(zs, cum, power, floats[1], at);
+        tile_scale(state, chunk_decay(cum, power));
+        tile_mma<K, R, NC, true, false>(state, ys, LD, zs, at);  // G = b_W G + scale Y^T b Z
       } else {
-        tile_decay_to_end(zs, cum, power, at);
+        pass_write(state, ys, LD, zs, cum, power, at);  // S = b_W S + Y^T (b_W / b) Z
       }
-      tile_scale(state, decay_since_start(cum[W - 1], power));
-      tile_mma<K, R, NC, true, false>(state, ys, LD, zs, at);  // S = b_W S + Y^T (b_W / b) Z
     }
-    whole += cum[W - 1];
+    whole += cum.sums[W - 1];
     sync_threadgroup();
   }
   const long slot = long(bh) * blocks + block;
@@ -157,11 +180,11 @@ FUNC void add_symmetric(
 // Threadgroup bytes: W (DY' + pad) (sizeof(TX) + sizeof(TY)) + 4 W (W + 4) + 8 W.
 //# body
   constexpr int K = (DY + 7) / 8, R = W / 8, LDX = 8 * K + 16 / sizeof(TX), LDY = 8 * K + 16 / sizeof(TY);
-  constexpr int LDP = W + 4;
+  constexpr int LDP = W + 16 / sizeof(Score);
   SHARED TX xs[W * LDX];
   SHARED TY ys[W * LDY];
-  SHARED float ps[W * LDP];
-  SHARED Pair cum[W];
+  SHARED Score ps[W * LDP];
+  SHARED Decays<W> cum;
 
   const int block = launch.group.y, bh = launch.group.z;
   const int hs = entry_shape[1], ho = max(int(x_shape[2]), hs), blocks = launch.groups.y;
@@ -184,25 +207,21 @@ FUNC void add_symmetric(
     const int rows = min(W, walk.count - u), t = walk.first + u;
     stage<W, 8 * K>(xs, LDX, x + x_base + t * x_strides[1], int(x_strides[1]), int(x_strides[3]), rows, DY, launch);
     stage<W, 8 * K>(ys, LDY, y + y_base + t * y_strides[1], int(y_strides[1]), int(y_strides[3]), rows, DY, launch);
-    stage_decay<W>(cum, g + g_base + t * g_strides[1], g_strides[1], rows, launch);
+    stage_decay<W>(cum, g + g_base + t * g_strides[1], g_strides[1], rows, power, launch);
     sync_threadgroup();
-    scores<W, K>(ps, LDP, xs, LDX, ys, LDY, cum, power, scale, launch, at);
+    scores<K>(ps, LDP, xs, LDX, ys, LDY, cum, power, scale, launch, at);
     Tile<R, NC> zs, os;
     if (SAME) {
       tile_take(zs, ys + col0, LDY, 8 * K - col0, at);
     } else {
       tile_read(zs, z + z_base + t * z_strides[1], int(z_strides[1]), int(z_strides[3]), rows, DZ - col0, at);
     }
-    tile_zero(os);
-    tile_mma<R, K, NC, false, false>(os, xs, LDX, state, at);  // O = scale b X S
-    tile_decay_from_start(os, cum, power, scale, at);
+    pass_read(os, state, xs, LDX, cum, power, scale, at);  // O = scale b X S
     sync_threadgroup();
     tile_mma<R, R, NC, false, true>(os, ps, LDP, zs, at);  // O += P Z
     tile_write<TO>(os, o + ((long(batch) * total + t) * ho + head) * DZ + col0, ho * DZ, 1, rows,
                    DZ - col0, at);
-    tile_decay_to_end(zs, cum, power, at);
-    tile_scale(state, decay_since_start(cum[W - 1], power));
-    tile_mma<K, R, NC, true, false>(state, ys, LDY, zs, at);  // S = b_W S + Y^T (b_W / b) Z
+    pass_write(state, ys, LDY, zs, cum, power, at);  // S = b_W S + Y^T (b_W / b) Z
     sync_threadgroup();
   }
   if (block == blocks - 1 && head % (ho / hs) == 0) {

@@ -1,25 +1,32 @@
 // The products of products.metal on an NVIDIA GPU's tensor cores.
 //
-// An instruction multiplies 16 x 8 by 8 x 8 numbers and adds in float32. They are TF32, which is float32 with a
-// mantissa of 11 bits: half types are exact in it, and a float32 operand goes in as two numbers, its first 11 bits and
-// the rest, so that a product has two or three instructions and float32's accuracy. HLA_ROUNDED, set where a call's q,
-// k and v are bfloat16: they are bfloat16, a float32 operand rounded to its 8 bits, or two where it is added to a
-// state.
+// A product c += A b is made turned, c^T += b^T A^T: a tile's columns are the 16 rows of an instruction's left operand
+// and of its result (tiles.cuh), and rows of A, from shared memory, the 8 columns of its right one. It adds in float32.
+//
+// HLA_ROUNDED: the operands are bfloat16 and a step of the sum has 16 terms, two blocks; a float32 tile is rounded, or
+// goes in as two numbers where it is added to a state. Else they are TF32, which is float32 with a mantissa of 11 bits,
+// and a step has 8 terms: half types are exact in it, and a float32 operand goes in as two numbers, its first 11 bits
+// and the rest, so that a product has two or three instructions and float32's accuracy.
 
 // ---- Products ------------------------------------------------------------------------------------
 //
-// In an instruction, lane 4 g + t has of the left operand rows g and g + 8, of the right one column g, and of both
-// two places of the sum. Two fragments, one below the other, make the 16 rows.
-//
-//     Places<EXACT>              what a lane has of one row of an operand, or of one column; EXACT: in two parts
-//     in_two<P>()                whether numbers of the type that P points to are cut in two
-//     by_pairs<P>(turned)        which terms of the sum these places are, if the left operand lies at a P
-//     places_read, places_of     from shared memory, and from a fragment
-//     places_mma                 the instructions
+//     STEP                   blocks of 8 terms in an instruction
+//     Places<TWO>            what a lane has of one row of an operand, of a step's terms; TWO: in two parts
+//     in_two<P>()            whether numbers of the type that P points to are cut in two
+//     places_set             what it has of one of the blocks: the terms at.col and at.col + 1
+//     places_read            what it has of one or two blocks of rows in shared memory
+//     places_mma             an instruction of PARTS, the first being the rests' products; `upper` and `lower` are 8
+//                            rows each of its left operand
+
+template <bool TWO>
+struct Places {
+  unsigned first[2], rest[2];
+};
 
 #ifdef HLA_ROUNDED
 
 CONSTANT bool ROUNDED = true;
+CONSTANT int STEP = 2;
 
 // Two numbers in bfloat16, rounded to nearest; the first in the lower half.
 FUNC unsigned packed(float first, float second) {
@@ -28,14 +35,16 @@ FUNC unsigned packed(float first, float second) {
   return both;
 }
 
-// The transpose of 8 x 8 numbers of 16 bits, of which each lane has two neighbours as in a fragment.
-FUNC unsigned turned(unsigned mine) {
-  unsigned other;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(other) : "r"(mine));
-  return other;
+// 8 x 8 numbers of 16 bits from shared memory, of which lane 4 g + t gets 2 t and 2 t + 1 of row g. Lane i < 8 names
+// row i, of 16 bytes.
+FUNC unsigned read_block(const void* row) {
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  unsigned mine;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(mine) : "r"(at) : "memory");
+  return mine;
 }
 
-// The same from shared memory, where lane i < 8 names the row i, of 16 bytes.
+// The same of the block's transpose.
 FUNC unsigned read_turned(const void* row) {
   const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(row));
   unsigned mine;
@@ -43,72 +52,60 @@ FUNC unsigned read_turned(const void* row) {
   return mine;
 }
 
-FUNC void mma_bf16(Frag& top, Frag& bottom, unsigned a0, unsigned a1, unsigned b0) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-      : "+f"(top.of[0]), "+f"(top.of[1]), "+f"(bottom.of[0]), "+f"(bottom.of[1])
+// The same of four blocks: lane 8 n + i names row i of the n-th.
+FUNC void read_blocks(unsigned* of, const void* row) {
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(of[0]), "=r"(of[1]), "=r"(of[2]), "=r"(of[3]) : "r"(at) : "memory");
+}
+
+FUNC void read_blocks_turned(unsigned* of, const void* row) {
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(of[0]), "=r"(of[1]), "=r"(of[2]), "=r"(of[3]) : "r"(at) : "memory");
+}
+
+FUNC void mma_bf16(float* top, float* bottom, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+                   unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(top[0]), "+f"(top[1]), "+f"(bottom[0]), "+f"(bottom[1])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Of 8 terms.
+FUNC void mma_half_bf16(float* top, float* bottom, unsigned a0, unsigned a1, unsigned b0) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(top[0]), "+f"(top[1]), "+f"(bottom[0]), "+f"(bottom[1])
       : "r"(a0), "r"(a1), "r"(b0));
 }
 
-template <bool EXACT>
-struct Places {
-  unsigned first, rest;
-};
-
-template <bool EXACT>
-FUNC Places<EXACT> places(float first, float second) {
-  Places<EXACT> x;
-  x.first = packed(first, second);
-  if (EXACT) x.rest = packed(first - __uint_as_float(x.first << 16), second - __uint_as_float(x.first & 0xffff0000u));
-  return x;
+template <bool TWO>
+FUNC void places_set(Places<TWO>& x, int block, float first, float second) {
+  const unsigned both = x.first[block] = packed(first, second);
+  if (TWO) x.rest[block] = packed(first - __uint_as_float(both << 16), second - __uint_as_float(both & 0xffff0000u));
 }
 
 template <typename P>
 FUNC constexpr bool in_two() { return false; }
 
-template <typename P>
-FUNC constexpr bool by_pairs(bool) { return true; }
-
-template <bool A, bool B>
-FUNC void places_mma(Frag& top, Frag& bottom, const Places<A>& upper, const Places<A>& lower, const Places<B>& right) {
-  if (B) mma_bf16(top, bottom, upper.first, lower.first, right.rest);
-  mma_bf16(top, bottom, upper.first, lower.first, right.first);
-}
-
-// A lane's places of row at.row of the 8 x 8 block at p; TURNED: of the block's transpose.
-template <bool EXACT, bool PAIRS, bool TURNED, typename T>
-FUNC Places<EXACT> places_read(const T* p, int ld, Spot at) {
-  if (TURNED) {
-    p += at.col * ld + at.row;
-    return places<EXACT>(static_cast<float>(p[0]), static_cast<float>(p[ld]));
-  }
-  const auto both = run_read<2>(p + at.row * ld + at.col);
-  return places<EXACT>(static_cast<float>(both[0]), static_cast<float>(both[1]));
-}
-
-template <bool EXACT, bool PAIRS, bool TURNED>
-FUNC Places<EXACT> places_read(const __nv_bfloat16* p, int ld, Spot at) {
-  Places<EXACT> x;
-  if (TURNED) {
-    x.first = read_turned(p + (4 * at.row + at.col / 2) % 8 * ld);
+template <int PARTS, bool A, bool B>
+FUNC void places_mma(int part, float (&top)[2], float (&bottom)[2], const Places<A>& upper, const Places<A>& lower,
+                     const Places<B>& right, bool half) {
+  static_assert(PARTS == (A ? 2 : 1), "what is read from shared memory is in one part");
+  const auto& a = part + 1 < PARTS ? upper.rest : upper.first;
+  const auto& b = part + 1 < PARTS ? lower.rest : lower.first;
+  if (half) {
+    mma_half_bf16(top, bottom, a[0], b[0], right.first[0]);
   } else {
-    x.first = *reinterpret_cast<const unsigned*>(p + at.row * ld + at.col);
+    mma_bf16(top, bottom, a[0], b[0], a[1], b[1], right.first[0], right.first[1]);
   }
-  return x;
-}
-
-// A lane's places of column at.row of a fragment.
-template <bool EXACT, bool PAIRS>
-FUNC Places<EXACT> places_of(const Frag& f, Spot at) {
-  Places<EXACT> x = places<EXACT>(f.of[0], f.of[1]);
-  x.first = turned(x.first);
-  if (EXACT) x.rest = turned(x.rest);
-  return x;
 }
 
 #else
 
 CONSTANT bool ROUNDED = false;
+CONSTANT int STEP = 1;
 
 // x rounded to 11 bits, to nearest; ties away from zero.
 FUNC unsigned tf32(float x) {
@@ -117,125 +114,149 @@ FUNC unsigned tf32(float x) {
   return bits;
 }
 
-FUNC void mma_tf32(Frag& top, Frag& bottom, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+// The terms are in no order: a lane's two are neighbours.
+FUNC void mma_tf32(float* top, float* bottom, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
                    unsigned b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(top.of[0]), "+f"(top.of[1]), "+f"(bottom.of[0]), "+f"(bottom.of[1])
+      : "+f"(top[0]), "+f"(top[1]), "+f"(bottom[0]), "+f"(bottom[1])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-template <bool EXACT>
-struct Places {
-  unsigned first[2], rest[2];
-};
-
-template <bool EXACT>
-FUNC Places<EXACT> places(float first, float second) {
-  Places<EXACT> x;
-  x.first[0] = tf32(first);
-  x.first[1] = tf32(second);
-  if (EXACT) x.rest[0] = __float_as_uint(first - __uint_as_float(x.first[0]));
-  if (EXACT) x.rest[1] = __float_as_uint(second - __uint_as_float(x.first[1]));
-  return x;
+template <bool TWO>
+FUNC void places_set(Places<TWO>& x, int, float first, float second) {
+  const float of[2] = {first, second};
+  HLA_UNROLL
+  for (int e = 0; e < 2; e++) {
+    x.first[e] = tf32(of[e]);
+    if (TWO) x.rest[e] = __float_as_uint(of[e] - __uint_as_float(x.first[e]));
+  }
 }
 
 template <typename P>
 FUNC constexpr bool in_two() { return sizeof(*P()) == 4; }
 
-// The terms 2 t and 2 t + 1, or t and t + 4: so that a warp's lanes read from different banks.
-template <typename P>
-FUNC constexpr bool by_pairs(bool turned) { return turned || sizeof(*P()) == 2; }
-
-template <bool A, bool B>
-FUNC void places_mma(Frag& top, Frag& bottom, const Places<A>& upper, const Places<A>& lower, const Places<B>& right) {
-  if (A) {
-    mma_tf32(top, bottom, upper.rest[0], lower.rest[0], upper.rest[1], lower.rest[1], right.first[0], right.first[1]);
-  }
-  if (B) {
-    mma_tf32(top, bottom, upper.first[0], lower.first[0], upper.first[1], lower.first[1], right.rest[0],
-             right.rest[1]);
-  }
-  mma_tf32(top, bottom, upper.first[0], lower.first[0], upper.first[1], lower.first[1], right.first[0],
-           right.first[1]);
-}
-
-// A lane's places of row at.row of the 8 x 8 block at p; TURNED: of the block's transpose, by pairs.
-template <bool EXACT, bool PAIRS, bool TURNED, typename P>
-FUNC Places<EXACT> places_read(P p, int ld, Spot at) {
-  static_assert(PAIRS || !TURNED, "the transpose is read by pairs");
-  if (TURNED) {
-    p += at.col * ld + at.row;
-    return places<EXACT>(static_cast<float>(p[0]), static_cast<float>(p[ld]));
-  }
-  if (PAIRS) {
-    const auto both = run_read<2>(p + at.row * ld + at.col);
-    return places<EXACT>(static_cast<float>(both[0]), static_cast<float>(both[1]));
-  }
-  p += at.row * ld + at.col / 2;
-  return places<EXACT>(static_cast<float>(p[0]), static_cast<float>(p[4]));
-}
-
-// A lane's places of column at.row of a fragment. Row r lies in the four lanes from 4 r on.
-template <bool EXACT, bool PAIRS>
-FUNC Places<EXACT> places_of(const Frag& f, Spot at) {
-  const int from = (PAIRS ? 4 : 2) * at.col + at.row / 2;
-  float of[2];
-  HLA_UNROLL
-  for (int e = 0; e < 2; e++) {
-    const int lane = from + (PAIRS ? 4 : 16) * e;
-    const float left = lane_value(f.of[0], lane), right = lane_value(f.of[1], lane);
-    of[e] = at.row % 2 == 0 ? left : right;
-  }
-  return places<EXACT>(of[0], of[1]);
+template <int PARTS, bool A, bool B>
+FUNC void places_mma(int part, float (&top)[2], float (&bottom)[2], const Places<A>& upper, const Places<A>& lower,
+                     const Places<B>& right, bool) {
+  const bool rest = part + 1 < PARTS, ours = rest && A && part == 0;
+  const auto& a = ours ? upper.rest : upper.first;
+  const auto& b = ours ? lower.rest : lower.first;
+  const auto& c = rest && !ours ? right.rest : right.first;
+  mma_tf32(top, bottom, a[0], b[0], a[1], b[1], c[0], c[1]);
 }
 
 #endif
 
-template <bool EXACT>
-FUNC Places<EXACT> no_places() { return {}; }
-
-// A lane's places of a row of fragments.
-template <bool EXACT, bool PAIRS, int C>
-FUNC void row_places(Places<EXACT> (&right)[C], const Frag (&row)[C], Spot at) {
+// x[n] = a lane's places of row at.row of the 8 rows from 8 n on, of a step's terms from the first at p on; TURNED: of
+// the transpose of what lies there. ROWS blocks of rows and BLOCKS of terms are there.
+template <int ROWS, int BLOCKS, bool TURNED, bool TWO, typename T>
+FUNC void places_read(Places<TWO> (&x)[2], const T* p, int ld, Spot at) {
   HLA_UNROLL
-  for (int j = 0; j < C; j++) right[j] = places_of<EXACT, PAIRS>(row[j], at);
+  for (int n = 0; n < ROWS; n++) {
+    HLA_UNROLL
+    for (int m = 0; m < BLOCKS; m++) {
+      if (TURNED) {
+        const T* q = p + (8 * m + at.col) * ld + 8 * n + at.row;
+        places_set(x[n], m, static_cast<float>(q[0]), static_cast<float>(q[ld]));
+      } else {
+        const auto both = run_read<2>(p + (8 * n + at.row) * ld + 8 * m + at.col);
+        places_set(x[n], m, static_cast<float>(both[0]), static_cast<float>(both[1]));
+      }
+    }
+  }
 }
 
-// Rows r and r + 1 of c, of which there may be no second, += the 16 rows of the left operand times those.
-template <bool A, bool B, int R, int C>
-FUNC void rows_mma(Tile<R, C>& c, int r, const Places<A>& upper, const Places<A>& lower, const Places<B> (&right)[C]) {
+#ifdef HLA_ROUNDED
+
+// In bfloat16 a block comes as it lies, and four at once.
+template <int ROWS, int BLOCKS, bool TURNED, bool TWO>
+FUNC void places_read(Places<TWO> (&x)[2], const __nv_bfloat16* p, int ld, Spot at) {
+  const int lane = 4 * at.row + at.col / 2, row = lane % 8;
+  if (ROWS * BLOCKS == 4) {
+    const int n = lane / 16, m = lane / 8 % 2;
+    unsigned of[4];
+    if (TURNED) {
+      read_blocks_turned(of, p + (8 * m + row) * ld + 8 * n);
+    } else {
+      read_blocks(of, p + (8 * n + row) * ld + 8 * m);
+    }
+    HLA_UNROLL
+    for (int i = 0; i < 4; i++) x[i / 2].first[i % 2] = of[i];
+  } else {
+    HLA_UNROLL
+    for (int i = 0; i < ROWS * BLOCKS; i++) {
+      const int n = i / BLOCKS, m = i % BLOCKS;
+      x[n].first[m] = TURNED ? read_turned(p + (8 * m + row) * ld + 8 * n) : read_block(p + (8 * n + row) * ld + 8 * m);
+    }
+  }
+}
+
+#endif
+
+template <int ROWS, bool TURNED, bool TWO, typename P>
+FUNC void places_read(Places<TWO> (&x)[2], P p, int ld, bool half, Spot at) {
+  if (half) {
+    places_read<ROWS, 1, TURNED>(x, p, ld, at);
+  } else {
+    places_read<ROWS, STEP, TURNED>(x, p, ld, at);
+  }
+}
+
+// What a lane has of columns of the tile b, of the step's terms that are its rows from block k on.
+template <bool TWO, int K, int C>
+FUNC void places_of(Places<TWO> (&x)[2], const Tile<K, C>& b, int k) {
   HLA_UNROLL
-  for (int j = 0; j < C; j++) {
-    Frag none = frag_zero();
-    places_mma(c.f[r][j], r + 1 < R ? c.f[(r + 1) % R][j] : none, upper, lower, right[j]);
+  for (int c = 0; c < 2; c++) {
+    HLA_UNROLL
+    for (int m = 0; m < STEP; m++) {
+      if (c >= C || k + m >= K) {
+        x[c].first[m] = x[c].rest[m] = 0;
+      } else {
+        places_set(x[c], m, b.of[k + m][c][0], b.of[k + m][c][1]);
+      }
+    }
+    if (STEP == 1 && c >= C) x[c].first[1] = x[c].rest[1] = 0;
+  }
+}
+
+// Blocks r and, where ROWS is 2, r + 1 of the rows of c += those of A, which lie at a, times b.
+template <int ROWS, bool TURNED, bool B, int R, int C, typename P>
+FUNC void rows_mma(Tile<R, C>& c, int r, P a, int ld, const Places<B> (&b)[2], bool half, Spot at) {
+  constexpr bool A = in_two<P>();
+  constexpr int PARTS = 1 + A + B;
+  Places<A> rows[2];
+  places_read<ROWS, TURNED>(rows, a, ld, half, at);
+  HLA_UNROLL
+  for (int part = 0; part < PARTS; part++) {
+    HLA_UNROLL
+    for (int n = 0; n < ROWS; n++) {
+      float none[2] = {0.0f, 0.0f};
+      places_mma<PARTS>(part, c.of[r + n][0], C > 1 ? c.of[r + n][C - 1] : none, b[0], b[1], rows[n], half);
+    }
   }
 }
 
 template <int K, int C, bool SYMMETRIC = false>
 using State = Tile<K, C>;
 
+// CAUSAL: what lies there is zero above its diagonal, in blocks of 16 x 16.
 template <int R, int K, int C, bool TURNED, bool CAUSAL, bool EXACT = false, typename P>
 FUNC void tile_mma(Tile<R, C>& c, P a, int ld, const Tile<K, C>& b, Spot at) {
-  constexpr bool STATE = TURNED && !CAUSAL, PAIRS = by_pairs<P>(TURNED);
-  constexpr bool A = in_two<P>(), B = STATE || EXACT || !ROUNDED;
+  constexpr bool B = (TURNED && !CAUSAL) || EXACT || !ROUNDED;
   HLA_UNROLL
-  for (int k = 0; k < K; k++) {
-    Places<B> right[C];
-    row_places<B, PAIRS>(right, b.f[k], at);
+  for (int k = 0; k < K; k += STEP) {
+    Places<B> right[2];
+    places_of(right, b, k);
     HLA_UNROLL
     for (int r = 0; r < R; r += 2) {
-      const bool top = !CAUSAL || (TURNED ? k >= r : k <= r);
-      const bool bottom = r + 1 < R && (!CAUSAL || (TURNED ? k >= r + 1 : k <= r + 1));
-      Places<A> upper = no_places<A>(), lower = no_places<A>();
-      if (top) upper = places_read<A, PAIRS, TURNED>(TURNED ? a + 8 * k * ld + 8 * r : a + 8 * r * ld + 8 * k, ld, at);
-      if (bottom) {
-        const int below = r + 1;
-        lower = places_read<A, PAIRS, TURNED>(
-            TURNED ? a + 8 * k * ld + 8 * below : a + 8 * below * ld + 8 * k, ld, at);
+      if (CAUSAL && (TURNED ? k / 2 < r / 2 : k / 2 > r / 2)) continue;
+      const P block = TURNED ? a + 8 * k * ld + 8 * r : a + 8 * r * ld + 8 * k;
+      if (r + 1 < R) {
+        rows_mma<2, TURNED>(c, r, block, ld, right, k + STEP > K, at);
+      } else {
+        rows_mma<1, TURNED>(c, r, block, ld, right, k + STEP > K, at);
       }
-      if (top || bottom) rows_mma(c, r, upper, lower, right);
     }
   }
 }
@@ -243,32 +264,45 @@ FUNC void tile_mma(Tile<R, C>& c, P a, int ld, const Tile<K, C>& b, Spot at) {
 // Some blocks below the diagonal are made all the same.
 template <int R, int K, int C, typename P>
 FUNC void tile_mma_upper(Tile<R, C>& c, P a, int ld, const Tile<K, C>& b, int col, Spot at) {
-  constexpr bool A = in_two<P>(), B = true, PAIRS = by_pairs<P>(true);
+  Places<true> right[(K + STEP - 1) / STEP][2];
   HLA_UNROLL
-  for (int k = 0; k < K; k++) {
-    Places<B> right[C];
-    row_places<B, PAIRS>(right, b.f[k], at);
-    HLA_UNROLL
-    for (int r = 0; r < R; r += 2) {
-      if (r < col + C) {
-        const auto upper = places_read<A, PAIRS, true>(a + 8 * k * ld + 8 * r, ld, at);
-        auto lower = no_places<A>();
-        if (r + 1 < R) lower = places_read<A, PAIRS, true>(a + 8 * k * ld + 8 * (r + 1), ld, at);
-        rows_mma(c, r, upper, lower, right);
+  for (int k = 0; k < K; k += STEP) places_of(right[k / STEP], b, k);
+  HLA_UNROLL
+  for (int r = 0; r < R; r += 2) {
+    if (r < col + C) {
+      HLA_UNROLL
+      for (int k = 0; k < K; k += STEP) {
+        const P block = a + 8 * k * ld + 8 * r;
+        if (r + 1 < R) {
+          rows_mma<2, true>(c, r, block, ld, right[k / STEP], k + STEP > K, at);
+        } else {
+          rows_mma<1, true>(c, r, block, ld, right[k / STEP], k + STEP > K, at);
+        }
       }
     }
   }
 }
 
-template <int K, typename PX, typename PY>
-FUNC void block_mma(Frag& c, PX x, int ldx, PY y, int ldy, Spot at) {
-  constexpr bool A = in_two<PX>(), B = in_two<PY>(), PAIRS = by_pairs<PX>(false) || by_pairs<PY>(false);
-  Frag odd = frag_zero(), none = frag_zero();
+// c (two blocks of rows, N of columns) += x y^T for 8 ROWS rows of x and 8 N rows of y, both 8K wide in shared memory.
+template <int K, int ROWS, int N, typename PX, typename PY>
+FUNC void block_mma(float (&c)[N][2][2], PX x, int ldx, PY y, int ldy, Spot at) {
+  constexpr bool A = in_two<PX>(), B = in_two<PY>();
+  constexpr int PARTS = 1 + A + B;
   HLA_UNROLL
-  for (int k = 0; k < K; k++) {
-    const auto left = places_read<A, PAIRS, false>(x + 8 * k, ldx, at);
-    const auto right = places_read<B, PAIRS, false>(y + 8 * k, ldy, at);
-    places_mma(k % 2 ? odd : c, none, left, no_places<A>(), right);
+  for (int k = 0; k < K; k += STEP) {
+    const bool half = k + STEP > K;
+    Places<A> left[2];
+    Places<B> right[2];
+    if (ROWS == 1) {
+      HLA_UNROLL
+      for (int e = 0; e < 2; e++) left[1].first[e] = left[1].rest[e] = 0;
+    }
+    places_read<ROWS, false>(left, x + 8 * k, ldx, half, at);
+    places_read<N, false>(right, y + 8 * k, ldy, half, at);
+    HLA_UNROLL
+    for (int part = 0; part < PARTS; part++) {
+      HLA_UNROLL
+      for (int n = 0; n < N; n++) places_mma<PARTS>(part, c[n][0], c[n][1], left[0], left[1], right[n], half);
+    }
   }
-  frag_set(c, c.of[0] + odd.of[0], c.of[1] + odd.of[1]);
 }

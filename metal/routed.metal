@@ -27,38 +27,17 @@
 // Mirrors mlx_hla.ops.ahla and hla3.
 //# uses: hla2
 
-// What a pass reads of its state: out = scale b^p X S. Fences: see tiles.cuh.
-template <int R, int K, int NC, typename PX>
-FUNC void pass_read(
-    OWN Tile<R, NC>& out, OWN State<K, NC>& state, PX x, int ldx, IN_SHARED const Pair* cum, float power, float scale,
-    Spot at) {
-  tile_zero(out);
-  tile_mma<R, K, NC, false, false>(out, x, ldx, state, at);
-  tile_decay_from_start(out, cum, power, scale, at);
-  fence_loads();
-}
-
-// What a pass writes: S = b_W^p S + Y^T (b_W / b)^p right. `right` is used up.
-template <int R, int K, int NC, typename PY>
-FUNC void pass_write(
-    OWN State<K, NC>& state, PY y, int ldy, OWN Tile<R, NC>& right, IN_SHARED const Pair* cum, float power, Spot at) {
-  fence_loads();
-  tile_decay_to_end(right, cum, power, at);
-  tile_scale(state, decay_since_start(cum[8 * R - 1], power));
-  tile_mma<K, R, NC, true, false>(state, y, ldy, right, at);
-  fence_loads();
-}
-
-// The first pass over a chunk that is staged: its scores in ps, and where THIRD K~, in kts and in kt, and S to the
-// chunk's end. One barrier inside, where THIRD before the end; kts is to be read after the next.
+// The first pass over a chunk that is staged: its scores in ps, and where THIRD K~, in kts and in kt; `right` is for
+// pass_write of S. One barrier inside, where THIRD before the end; kts is to be read after the next.
 template <bool THIRD, int W, int LD, int LDK, int LDP, int K, int R, int NC, typename T>
 FUNC void walk_first(
-    OWN State<K, NC>& s, OWN Tile<R, NC>& kt, IN_SHARED T* qs, IN_SHARED T* ks, IN_SHARED float* kts,
-    IN_SHARED float* ps, IN_SHARED const Pair* cum, float scale, int col0, Launch launch, Spot at) {
+    OWN State<K, NC>& s, OWN Tile<R, NC>& kt, OWN Tile<R, NC>& right, IN_SHARED T* qs, IN_SHARED T* ks,
+    IN_SHARED Score* kts, IN_SHARED Score* ps, IN_SHARED const Decays<W>& cum, float scale, int col0, Launch launch,
+    Spot at) {
   if (THIRD) {
-    walk_keys<W, LD, LDK, LDP>(s, kt, qs, ks, kts, ps, cum, scale, 0.0f, col0, launch, at);
+    walk_keys<W, LD, LDK, LDP>(s, kt, right, qs, ks, kts, ps, cum, scale, 0.0f, col0, launch, at);
   } else {
-    scores<W, K>(ps, LDP, qs, LD, ks, LD, cum, 1.0f, scale, launch, at);
+    scores<K>(ps, LDP, qs, LD, ks, LD, cum, 1.0f, scale, launch, at);
     sync_threadgroup();
   }
   fence_loads();
@@ -68,18 +47,18 @@ FUNC void walk_first(
 template <int LD, int LDP, int K, int R, int NC, typename T>
 FUNC void walk_values(
     OWN State<K, NC>& p, OWN Tile<R, NC>& r, OWN Tile<R, NC>& v, IN_SHARED T* qs, IN_SHARED T* ks,
-    IN_SHARED const float* ps, IN_SHARED const Pair* cum, float scale, Spot at) {
+    IN_SHARED const Score* ps, IN_SHARED const Decays<8 * R>& cum, float scale, Spot at) {
   pass_read(r, p, qs, LD, cum, 1.0f, scale, at);       // R = scale b Q P
   tile_mma<R, R, NC, false, true>(r, ps, LDP, v, at);  // R += P1 V
   pass_write(p, ks, LD, v, cum, 1.0f, at);             // P = b_W P + K^T (b_W / b) V
 }
 
 //# before each body
-  constexpr int K = (D + 7) / 8, R = W / 8, LD = 8 * K + 16 / sizeof(T), LDK = 8 * K + 4, LDP = W + 4;
-  constexpr float POWER = THIRD ? 3.0f : 1.0f;
+  constexpr int K = (D + 7) / 8, R = W / 8, LD = 8 * K + 16 / sizeof(T), PAD = 16 / sizeof(Score);
+  constexpr int LDK = 8 * K + PAD, LDP = W + PAD, POWER = THIRD ? 3 : 1;
   SHARED T qs[W * LD], ks[W * LD];
-  SHARED float kts[THIRD ? W * LDK : 1], ps[W * LDP];
-  SHARED Pair cums[2 * W];
+  SHARED Score kts[THIRD ? W * LDK : 1], ps[W * LDP];
+  SHARED Decays<W> cums[2];
 
   const int total = q_shape[1], hq = q_shape[2], hkv = k_shape[2], bh = launch.group.z;
   const int batch = bh / hq, head = bh % hq, kv = head * hkv / hq, col0 = 8 * NC * launch.simdgroup;
@@ -111,27 +90,28 @@ FUNC void walk_values(
             int(p_first_strides[2]), int(p_first_strides[3]), D, DV - col0, at);
   for (int u = 0; u < total; u += W) {
     const int rows = min(W, total - u);
-    IN_SHARED Pair* cum = cums + (u / W % 2) * W;  // the next chunk's sums wait for nobody
+    IN_SHARED Decays<W>& cum = cums[u / W % 2];  // the next chunk's sums wait for nobody
     stage<W, 8 * K>(qs, LD, q + q_base + u * q_strides[1], int(q_strides[1]), int(q_strides[3]), rows, D, launch);
     stage<W, 8 * K>(ks, LD, k + k_base + u * k_strides[1], int(k_strides[1]), int(k_strides[3]), rows, D, launch);
-    stage_decay<W>(cum, g + g_base + u * g_strides[1], g_strides[1], rows, launch);
+    stage_decay<W>(cum, g + g_base + u * g_strides[1], g_strides[1], rows, 1.0f, launch);
     sync_threadgroup();
     Tile<R, NC> right, r;
-    walk_first<THIRD, W, LD, LDK, LDP>(s, r, qs, ks, kts, ps, cum, scale, col0, launch, at);
+    walk_first<THIRD, W, LD, LDK, LDP>(s, r, right, qs, ks, kts, ps, cum, scale, col0, launch, at);
+    if (THIRD) pass_write(s, ks, LD, right, cum, 1.0f, at);  // S = b_W S + K^T (b_W / b) K
     tile_read(right, v + v_base + u * v_strides[1], int(v_strides[1]), int(v_strides[3]), rows, DV - col0, at);
     walk_values<LD, LDP>(p, r, right, qs, ks, ps, cum, scale, at);
-    pass_read(right, f, qs, LD, cum, POWER, scale, at);  // O = scale b^p Q F
+    pass_read<POWER>(right, f, qs, LD, cum, 1.0f, scale, at);  // O = scale b^p Q F
     if (THIRD) {
       sync_threadgroup();
-      scores<W, K>(ps, LDP, qs, LD, kts, LDK, cum, POWER, scale, launch, at);
+      scores<K>(ps, LDP, qs, LD, kts, LDK, cum, POWER, scale, launch, at);
       sync_threadgroup();
     }
     tile_mma<R, R, NC, false, true>(right, ps, LDP, r, at);  // O += P1 R, or P3 R
     tile_write<T>(right, o + ((long(batch) * total + u) * hq + head) * DV + col0, hq * DV, 1, rows, DV - col0, at);
     if (THIRD) {
-      pass_write(f, kts, LDK, r, cum, POWER, at);  // F = b_W^3 F + K~^T (b_W / b)^3 R
+      pass_write<POWER>(f, kts, LDK, r, cum, 1.0f, at);  // F = b_W^3 F + K~^T (b_W / b)^3 R
     } else {
-      pass_write(f, ks, LD, r, cum, POWER, at);  // F = b_W F + K^T (b_W / b) R
+      pass_write<POWER>(f, ks, LD, r, cum, 1.0f, at);  // F = b_W F + K^T (b_W / b) R
       sync_threadgroup();
     }
   }
@@ -170,25 +150,28 @@ FUNC void walk_values(
   tile_zero(f);
   for (int u = 0; u < walk.count; u += W) {
     const int rows = min(W, walk.count - u), t = walk.first + u;
-    IN_SHARED Pair* cum = cums + (u / W % 2) * W;
+    IN_SHARED Decays<W>& cum = cums[u / W % 2];
     stage<W, 8 * K>(qs, LD, q + q_base + t * q_strides[1], int(q_strides[1]), int(q_strides[3]), rows, D, launch);
     stage<W, 8 * K>(ks, LD, k + k_base + t * k_strides[1], int(k_strides[1]), int(k_strides[3]), rows, D, launch);
-    stage_decay<W>(cum, g + g_base + t * g_strides[1], g_strides[1], rows, launch);
+    stage_decay<W>(cum, g + g_base + t * g_strides[1], g_strides[1], rows, 1.0f, launch);
     sync_threadgroup();
     const long token = (long(batch) * total + t) * hq + head;
     Tile<R, NC> right, out;
-    walk_first<THIRD, W, LD, LDK, LDP>(s, out, qs, ks, kts, ps, cum, scale, col0, launch, at);
-    if (THIRD) tile_write<TK>(out, kt + token * D + col0, hq * D, 1, rows, D - col0, at);
+    walk_first<THIRD, W, LD, LDK, LDP>(s, out, right, qs, ks, kts, ps, cum, scale, col0, launch, at);
+    if (THIRD) {
+      tile_write<TK>(out, kt + token * D + col0, hq * D, 1, rows, D - col0, at);
+      pass_write(s, ks, LD, right, cum, 1.0f, at);
+    }
     tile_read(right, v + v_base + t * v_strides[1], int(v_strides[1]), int(v_strides[3]), rows, DV - col0, at);
     walk_values<LD, LDP>(p, out, right, qs, ks, ps, cum, scale, at);
     tile_write<TK>(out, routed + token * DV + col0, hq * DV, 1, rows, DV - col0, at);
     if (THIRD) sync_threadgroup();
     if (summed) {
-      whole += cum[W - 1];
+      whole += cum.sums[W - 1];
       if (THIRD) {
-        pass_write(f, kts, LDK, out, cum, POWER, at);
+        pass_write<POWER>(f, kts, LDK, out, cum, 1.0f, at);
       } else {
-        pass_write(f, ks, LD, out, cum, POWER, at);
+        pass_write<POWER>(f, ks, LD, out, cum, 1.0f, at);
       }
     }
     if (!THIRD) sync_threadgroup();

@@ -1,5 +1,5 @@
-// What stands in the place of the first section of tiles.metal on an NVIDIA GPU: the words that the rest is written in,
-// for warps of 32 lanes. What is staged comes by copies that wait for nobody. Compiled by NVRTC as
+// What stands in the place of sections of tiles.metal on an NVIDIA GPU: the words that the rest is written in, for
+// warps of 32 lanes, and the tiles. What is staged comes by copies that wait for nobody. Compiled by NVRTC as
 // `mx.fast.cuda_kernel` hands it over. Compute capability 8.0 or later.
 
 // ---- What a GPU has of its own -----------------------------------------------------------------
@@ -12,6 +12,13 @@
 
 #ifndef HLA_UNROLL
 #define HLA_UNROLL _Pragma("unroll")
+#endif
+
+// HLA_ROUNDED: set where a call's q, k and v are bfloat16, and products round to it.
+#ifdef HLA_ROUNDED
+typedef __nv_bfloat16 Score;
+#else
+typedef float Score;
 #endif
 
 struct alignas(8) Pair {
@@ -40,14 +47,10 @@ struct Launch {
 
 //# before each body
   const Launch launch = {
-      int(threadIdx.x), int(blockDim.x), int(threadIdx.x) / 32, int(threadIdx.x) % 32,
+      int(threadIdx.x), int(blockDim.x), warp_of(threadIdx.x), int(threadIdx.x) % 32,
       {int(blockIdx.z), int(blockIdx.y), int(blockIdx.x)}, {int(gridDim.z), int(gridDim.y), int(gridDim.x)}};
   const Spot at = lane_spot(launch.lane);
 //# end
-
-struct Frag {
-  float of[2];
-};
 
 template <typename T, int N>
 struct alignas(N * sizeof(T)) Run {
@@ -78,10 +81,15 @@ FUNC void sync_threadgroup() {
   __syncthreads();
 }
 
-// Loads of what follows stay behind: else what two products read alike stays in registers from one to the other.
-FUNC void fence_loads() { __syncwarp(); }
+// Loads of what follows stay behind: else what two products read alike stays in registers from one to the other. Those
+// of matrices (products.cuh) do so anyway.
+FUNC void fence_loads() {
+#ifndef HLA_ROUNDED
+  __syncwarp();
+#endif
+}
 
-// A lane holds (row, col) and (row, col + 1) of a fragment: half of what it holds of an instruction's 16 x 8 result.
+// Of 8 rows a lane has two neighbours, at.col and the next, and of C groups of 8 columns those from C at.row on.
 struct Spot {
   int row, col;
 };
@@ -93,25 +101,17 @@ FUNC Spot lane_spot(int lane) {
   return at;
 }
 
-FUNC void frag_set(Frag& f, float left, float right) {
-  f.of[0] = left;
-  f.of[1] = right;
+FUNC float exp_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
-FUNC Pair frag_get(const Frag& f) { return Pair(f.of[0], f.of[1]); }
-
-FUNC Frag frag_zero() {
-  Frag f;
-  frag_set(f, 0.0f, 0.0f);
-  return f;
-}
-
-FUNC void frag_scale(Frag& f, float by) {
-  f.of[0] *= by;
-  f.of[1] *= by;
-}
+FUNC float log_two(float x) { return log2f(x); }
 
 // Shuffles name all lanes: every one of them comes here, whatever it did before.
+FUNC int warp_of(int thread) { return __shfl_sync(0xffffffffu, thread / 32, 0); }  // which the compiler knows for one
+
 FUNC float lane_value(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 
 FUNC float lane_across(float x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
@@ -132,6 +132,13 @@ FUNC float lanes_sum(float x) {
   return x;
 }
 
+FUNC float eight_sum(float x) {
+  HLA_UNROLL
+  for (int distance = 4; distance > 0; distance /= 2) x += lane_across(x, distance);
+  return x;
+}
+
+// Over the lanes with the same at.row, and over those with the same at.col.
 FUNC float row_sum(float x) {
   x += lane_across(x, 1);
   return x + lane_across(x, 2);
@@ -141,4 +148,150 @@ FUNC float col_sum(float x) {
   x += lane_across(x, 4);
   x += lane_across(x, 8);
   return x + lane_across(x, 16);
+}
+
+// ---- Tiles ---------------------------------------------------------------------------------------
+//
+// A tile lies turned: its 8C <= 16 columns are the rows of an instruction's result, and its rows that one's columns. So
+// what a lane has of a tile, two neighbouring rows of C columns in each block of 8 rows, is what it is to have of a
+// product's left operand in the next instruction: no tile ever moves between lanes.
+
+// of[r][c][e]: row 8 r + at.col + e, column C at.row + c.
+template <int R, int C>
+struct Tile {
+  float of[R][C][2];
+};
+
+template <int R, int C>
+FUNC void tile_zero(Tile<R, C>& t) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    HLA_UNROLL
+    for (int c = 0; c < C; c++) t.of[r][c][0] = t.of[r][c][1] = 0.0f;
+  }
+}
+
+// What a lane has of row 8 r + at.col + e.
+template <int R, int C>
+FUNC Floats<C> part_get(const Tile<R, C>& t, int r, int e) {
+  Floats<C> part;
+  HLA_UNROLL
+  for (int c = 0; c < C; c++) part.of[c] = t.of[r][c][e];
+  return part;
+}
+
+template <int R, int C>
+FUNC void part_set(Tile<R, C>& t, int r, int e, Floats<C> part) {
+  HLA_UNROLL
+  for (int c = 0; c < C; c++) t.of[r][c][e] = part.of[c];
+}
+
+// The element `rows` rows below p: for a `rows` that is known one instruction.
+template <typename T>
+FUNC T* below(T* p, int rows, int row_step) { return p + static_cast<long>(row_step) * rows; }
+
+// Whether a block at p is whole and its rows consist of runs.
+template <int R, int C, typename P>
+FUNC bool whole_runs(P p, int row_step, int col_step, int rows, int cols) {
+  return rows >= 8 * R && cols >= 8 * C && in_runs<C>(p, row_step, col_step, 8 * C);
+}
+
+// t = the block at p, element (r, c) at p[r row_step + c col_step], zero from row `rows`, column `cols` on.
+template <int R, int C, typename P>
+FUNC void tile_read(Tile<R, C>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
+  const bool whole = whole_runs<R, C>(p, row_step, col_step, rows, cols);
+  const int col = C * at.row;
+  p = below(p, at.col, row_step) + col * col_step;
+  if (whole) {
+    HLA_UNROLL
+    for (int i = 0; i < 2 * R; i++) part_set(t, i / 2, i % 2, Floats<C>::read(below(p, i / 2 * 8 + i % 2, row_step)));
+  } else {
+    HLA_UNROLL
+    for (int i = 0; i < 2 * R; i++) {
+      const int row = i / 2 * 8 + i % 2;
+      const int count = row + at.col < rows ? cols - col : 0;
+      part_set(t, i / 2, i % 2, floats_read<C>(below(p, row, row_step), col_step, count, false));
+    }
+  }
+}
+
+// The inverse of tile_read.
+template <typename T, int R, int C, typename P>
+FUNC void tile_write(const Tile<R, C>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
+  const bool whole = whole_runs<R, C>(p, row_step, col_step, rows, cols);
+  const int col = C * at.row;
+  p = below(p, at.col, row_step) + col * col_step;
+  if (whole) {
+    HLA_UNROLL
+    for (int i = 0; i < 2 * R; i++) {
+      Floats<C>::template write<T>(below(p, i / 2 * 8 + i % 2, row_step), part_get(t, i / 2, i % 2));
+    }
+  } else {
+    HLA_UNROLL
+    for (int i = 0; i < 2 * R; i++) {
+      const int row = i / 2 * 8 + i % 2;
+      const int count = row + at.col < rows ? cols - col : 0;
+      floats_write<T>(below(p, row, row_step), col_step, count, false, part_get(t, i / 2, i % 2));
+    }
+  }
+}
+
+// The same in shared memory, where all rows count and `cols` and ld are multiples of 4: t += by (the block at p),
+// nothing from column `cols` on.
+template <int R, int C, typename P>
+FUNC void tile_add(Tile<R, C>& t, P p, int ld, int cols, float by, Spot at) {
+  if (C * at.row >= cols) return;
+  p += at.col * ld + C * at.row;
+  HLA_UNROLL
+  for (int i = 0; i < 2 * R; i++) {
+    const Floats<C> more = Floats<C>::read(p + (i / 2 * 8 + i % 2) * ld);
+    HLA_UNROLL
+    for (int c = 0; c < C; c++) t.of[i / 2][c][i % 2] += by * more.of[c];
+  }
+}
+
+// t = that block.
+template <int R, int C, typename P>
+FUNC void tile_take(Tile<R, C>& t, P p, int ld, int cols, Spot at) {
+  const int count = cols - C * at.row;
+  p += at.col * ld + C * at.row;
+  HLA_UNROLL
+  for (int i = 0; i < 2 * R; i++) {
+    part_set(t, i / 2, i % 2, floats_read<C>(p + (i / 2 * 8 + i % 2) * ld, 1, count, true));
+  }
+}
+
+// That block = t.
+template <int R, int C, typename S>
+FUNC void tile_put(const Tile<R, C>& t, S* p, int ld, int cols, Spot at) {
+  if (C * at.row >= cols) return;
+  p += at.col * ld + C * at.row;
+  HLA_UNROLL
+  for (int i = 0; i < 2 * R; i++) {
+    Floats<C>::template write<S>(p + (i / 2 * 8 + i % 2) * ld, part_get(t, i / 2, i % 2));
+  }
+}
+
+template <int R, int C>
+FUNC void tile_scale(Tile<R, C>& t, float by) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    HLA_UNROLL
+    for (int c = 0; c < C; c++) {
+      t.of[r][c][0] *= by;
+      t.of[r][c][1] *= by;
+    }
+  }
+}
+
+template <int R, int C>
+FUNC void tile_sum(Tile<R, C>& t, const Tile<R, C>& other) {
+  HLA_UNROLL
+  for (int r = 0; r < R; r++) {
+    HLA_UNROLL
+    for (int c = 0; c < C; c++) {
+      t.of[r][c][0] += other.of[r][c][0];
+      t.of[r][c][1] += other.of[r][c][1];
+    }
+  }
 }

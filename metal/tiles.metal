@@ -14,6 +14,8 @@
 //     OWN Frag& f         a reference to what a thread has in registers
 //     Pair                two floats, [0] and [1]
 //     Run<T, N>           2 or 4 neighbours in memory, [0] to [N - 1]: one load or store, at a multiple of their size
+//     exp_two, log_two    2^x and its inverse
+//     Score               what a left operand is kept in that a threadgroup makes of numbers that it staged
 //     launch              which thread of which threadgroup this is, in every body; `at` is its lane's Spot
 
 #include <metal_simdgroup>
@@ -26,6 +28,8 @@ using namespace metal;
 #define IN_SHARED threadgroup
 #define OWN thread
 #define Pair float2
+
+typedef float Score;
 
 #ifndef HLA_UNROLL  // registers are indexed by the loop variables below, so the loops must unroll
 #define HLA_UNROLL _Pragma("clang loop unroll(full)")
@@ -107,10 +111,21 @@ FUNC void frag_scale(OWN Frag& f, float by) {
   f.thread_elements()[1] *= by;
 }
 
+FUNC float exp_two(float x) { return exp2(x); }
+
+FUNC float log_two(float x) { return log2(x); }
+
 // Sum over the lanes up to and including this one.
 FUNC float lanes_cumsum(float x) { return simd_prefix_inclusive_sum(x); }
 
 FUNC float lanes_sum(float x) { return simd_sum(x); }
+
+// Sum over the 8 lanes from a multiple of 8 on that this one is of.
+FUNC float eight_sum(float x) {
+  x += simd_shuffle_xor(x, 1);
+  x += simd_shuffle_xor(x, 2);
+  return x + simd_shuffle_xor(x, 4);
+}
 
 // Sums over the lanes that hold the same row, or the same two columns, of a fragment.
 FUNC float row_sum(float x) {
@@ -124,11 +139,7 @@ FUNC float col_sum(float x) {
   return x + simd_shuffle_xor(x, 16);
 }
 
-// ---- Fragments from memory -----------------------------------------------------------------------
-//
-// Which 8 of a sum's terms a fragment has is free, if it is the same on both sides; which 8 of its rows a state's
-// fragment has, too. So G fragments are woven: the g-th has every G-th row or column, from the g-th on, and what
-// a lane has of all of them lies together.
+// ---- Runs in memory ------------------------------------------------------------------------------
 
 // N neighbours in memory as floats.
 template <int N>
@@ -204,6 +215,12 @@ FUNC void floats_write(P p, int step, int count, bool runs, Floats<N> x) {
   }
 }
 
+// ---- Tiles ---------------------------------------------------------------------------------------
+//
+// Which 8 of a sum's terms a fragment has is free, if it is the same on both sides; which 8 of its rows a state's
+// fragment has, too. So G fragments are woven: the g-th has every G-th row or column, from the g-th on, and what
+// a lane has of all of them lies together.
+
 template <int G>
 struct Woven {
   Frag f[G];
@@ -237,8 +254,6 @@ FUNC Woven<G> frags_turned(P p, int ld, Spot at) {
   for (int g = 0; g < G; g++) frag_set(woven.f[g], left.of[g], right.of[g]);
   return woven;
 }
-
-// ---- Tiles ---------------------------------------------------------------------------------------
 
 // G of its rows of fragments are woven.
 template <int R, int C, int G = 1>
@@ -335,12 +350,12 @@ FUNC void tile_take(OWN Tile<R, C>& t, P p, int ld, int cols, Spot at) {
 }
 
 // That block = t.
-template <int R, int C>
-FUNC void tile_put(OWN Tile<R, C>& t, IN_SHARED float* p, int ld, int cols, Spot at) {
+template <int R, int C, typename S>
+FUNC void tile_put(OWN Tile<R, C>& t, IN_SHARED S* p, int ld, int cols, Spot at) {
   HLA_UNROLL
   for (int r = 0; r < R; r++) {
     const Floats<2 * C> part = part_get(t, r);
-    floats_write<float>(p + (8 * r + at.row) * ld + C * at.col, 1, cols - C * at.col, true, part);
+    floats_write<S>(p + (8 * r + at.row) * ld + C * at.col, 1, cols - C * at.col, true, part);
   }
 }
 

@@ -148,7 +148,7 @@ static inline void __syncthreads() {
 }
 
 // All lanes of a warp show what they have; each may then look at the others', until they meet once more.
-enum Kind { SHUFFLE = 1, PRODUCT, TURN, BARRIER };
+enum Kind { SHUFFLE = 1, PRODUCT, LOAD, TURN, BARRIER };
 
 static float (*meet(Kind kind, const float* shown, int count))[8] {
   Warp& w = warps[current / 32];
@@ -167,6 +167,10 @@ static inline float __shfl_sync(unsigned mask, float x, int lane) {
   if (mask != 0xffffffffu) fail("a shuffle that does not name all lanes");
   if (lane < 0 || lane > 31) fail("a shuffle from no lane");
   return meet(SHUFFLE, &x, 1)[lane][0];
+}
+
+static inline int __shfl_sync(unsigned mask, int x, int lane) {
+  return int(__float_as_uint(__shfl_sync(mask, __uint_as_float(unsigned(x)), lane)));
 }
 
 static inline float __shfl_xor_sync(unsigned mask, float x, int across) {
@@ -188,8 +192,7 @@ static inline unsigned tf32(float x) {
 static inline float first_bits(float x) { return __uint_as_float(__float_as_uint(x) & ~0x1fffu); }
 
 // d (16 x 8) += a (16 x 8) b (8 x 8); the unit does not look at the last 13 bits.
-template <typename F>
-static inline void mma_tf32(F& top, F& bottom, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+static inline void mma_tf32(float* top, float* bottom, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
                             unsigned b1) {
   const unsigned mine[6] = {a0, a1, a2, a3, b0, b1};
   float shown[6];
@@ -198,12 +201,12 @@ static inline void mma_tf32(F& top, F& bottom, unsigned a0, unsigned a1, unsigne
   const int row = current % 32 / 4, col = current % 4 * 2;
   for (int half = 0; half < 2; half++) {
     for (int e = 0; e < 2; e++) {
-      float sum = (half ? bottom : top).of[e];
+      float sum = (half ? bottom : top)[e];
       for (int k = 0; k < 8; k++) {
         const float a = all[4 * row + k % 4][half + k / 4 * 2], b = all[4 * (col + e) + k % 4][4 + k / 4];
         sum = fmaf(first_bits(a), first_bits(b), sum);
       }
-      (half ? bottom : top).of[e] = sum;
+      (half ? bottom : top)[e] = sum;
     }
   }
 }
@@ -217,51 +220,76 @@ static inline float unpacked(float both, int place) {
   return __uint_as_float(place ? bits & 0xffff0000u : bits << 16);
 }
 
-// d (16 x 8) += a (16 x 8) b (8 x 8), bfloat16.
-template <typename F>
-static inline void mma_bf16(F& top, F& bottom, unsigned a0, unsigned a1, unsigned b0) {
-  const unsigned mine[3] = {a0, a1, b0};
-  float shown[3];
+// d (16 x 8) += a (16 x TERMS) b (TERMS x 8), bfloat16. Of each 8 terms a lane has two neighbours: of a's rows g and
+// g + 8, a register each, of b's column g.
+template <int TERMS>
+static inline void mma_of(float* top, float* bottom, const unsigned* mine) {
+  constexpr int STEPS = TERMS / 8;
+  float shown[3 * STEPS];
   memcpy(shown, mine, sizeof shown);
-  float(*all)[8] = meet(PRODUCT, shown, 3);
+  float(*all)[8] = meet(PRODUCT, shown, 3 * STEPS);
   const int row = current % 32 / 4, col = current % 4 * 2;
   for (int half = 0; half < 2; half++) {
     for (int e = 0; e < 2; e++) {
-      float sum = (half ? bottom : top).of[e];
-      for (int k = 0; k < 8; k++) {
-        const float a = unpacked(all[4 * row + k / 2][half], k % 2), b = unpacked(all[4 * (col + e) + k / 2][2], k % 2);
+      float sum = (half ? bottom : top)[e];
+      for (int k = 0; k < TERMS; k++) {
+        const int step = k / 8, lane = k % 8 / 2;
+        const float a = unpacked(all[4 * row + lane][2 * step + half], k % 2);
+        const float b = unpacked(all[4 * (col + e) + lane][2 * STEPS + step], k % 2);
         sum = fmaf(a, b, sum);
       }
-      (half ? bottom : top).of[e] = sum;
+      (half ? bottom : top)[e] = sum;
     }
   }
 }
 
-// The transpose of 8 x 8 halves of which lane i has two neighbours of row i / 4.
-static inline unsigned turned(unsigned mine) {
-  float shown;
-  memcpy(&shown, &mine, sizeof shown);
-  float(*all)[8] = meet(TURN, &shown, 1);
-  const int row = current % 32 / 4, col = current % 4 * 2;
-  unsigned both = 0;
-  for (int e = 0; e < 2; e++) both |= (__float_as_uint(all[4 * (col + e) + row / 2][0]) >> 16 * (row % 2) & 0xffff) << 16 * e;
-  return both;
+static inline void mma_bf16(float* top, float* bottom, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+                            unsigned b1) {
+  const unsigned mine[] = {a0, a1, a2, a3, b0, b1};
+  mma_of<16>(top, bottom, mine);
 }
 
-// Lane i < 8 names row i, which is read when all have met.
-static inline unsigned read_turned(const void* row) {
+static inline void mma_half_bf16(float* top, float* bottom, unsigned a0, unsigned a1, unsigned b0) {
+  const unsigned mine[] = {a0, a1, b0};
+  mma_of<8>(top, bottom, mine);
+}
+
+// `count` blocks of 8 x 8 halves: lane 8 n + i names row i of the n-th, which is read when all have met.
+static inline void read_matrices(unsigned* of, const void* row, int count, bool turned) {
   if ((uintptr_t)row % 16) fail("a row of a matrix that is not aligned");
   float shown[2];
   memcpy(shown, &row, sizeof shown);
-  float(*all)[8] = meet(TURN, shown, 2);
+  float(*all)[8] = meet(turned ? TURN : LOAD, shown, 2);
   const int g = current % 32 / 4, col = current % 4 * 2;
-  unsigned both = 0;
-  for (int e = 0; e < 2; e++) {
-    const uint16_t* p;
-    memcpy(&p, all[col + e], sizeof p);
-    both |= unsigned(p[g]) << 16 * e;
+  for (int n = 0; n < count; n++) {
+    of[n] = 0;
+    for (int e = 0; e < 2; e++) {
+      const uint16_t* p;
+      memcpy(&p, all[8 * n + (turned ? col + e : g)], sizeof p);
+      of[n] |= unsigned(p[turned ? g : col + e]) << 16 * e;
+    }
   }
-  return both;
+}
+
+static inline unsigned read_block(const void* row) {
+  unsigned mine;
+  read_matrices(&mine, row, 1, false);
+  return mine;
+}
+
+static inline unsigned read_turned(const void* row) {
+  unsigned mine;
+  read_matrices(&mine, row, 1, true);
+  return mine;
+}
+
+static inline void read_blocks(unsigned* of, const void* row) { read_matrices(of, row, 4, false); }
+
+static inline void read_blocks_turned(unsigned* of, const void* row) { read_matrices(of, row, 4, true); }
+
+static inline float exp_two(float x) {
+  const float y = exp2f(x);
+  return y < 0x1p-126f ? 0.0f : y;
 }
 
 static inline void await_copies();
