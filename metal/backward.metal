@@ -41,27 +41,21 @@
 
 CONSTANT float LOG_TINY = -99.657843f, SMALL = 0.25f, NOTHING = 1.0f / 16777216;
 
-// stage_decay with a decay of 0 as exact zero and, where its gradient is wanted, as 1e-30 too.
-template <bool DECAY, int W, typename P>
-FUNC void stage_both_decays(
-    IN_SHARED Decays<W>& cum, IN_SHARED Pair* least, P g, long step, int rows, float power, Launch launch) {
-  if (launch.simdgroup == 0) {
-    const float decay = launch.lane < rows ? g[launch.lane * step] : 1.0f;
-    decays_put(cum, decay, power, launch.lane);
-    if (DECAY) {
-      const Pair sum = decay_sum(decay, LOG_TINY);
-      if (launch.lane < W) least[launch.lane] = sum;
+// stage_decay with a decay of 0 as exact zero and, where its gradient is wanted, as 1e-30 too; where SELDOM, past = a
+// bound of b_end^p over any of the decays below SMALL, 2 where none is.
+template <bool DECAY, bool SELDOM, int W>
+FUNC void stage_decays(
+    IN_SHARED Decays<W>& cum, IN_SHARED Pair* least, IN_SHARED float* past, float decay, float power, Launch launch) {
+  stage_decay(cum, decay, power, launch);
+  if (DECAY && launch.simdgroup == 0) {
+    const Pair sum = decay_sum(decay, LOG_TINY);
+    if (launch.lane < W) least[launch.lane] = sum;
+    if (SELDOM) {
+      const float count = lanes_sum(decay < SMALL ? 1.0f : 0.0f);
+      const float most = exp_two(power * lanes_sum(log_two(decay < SMALL ? SMALL : decay))) / SMALL;
+      if (launch.lane == 0) *past = count > 0.0f ? most : 2.0f;
     }
   }
-}
-
-// Of a chunk with decays below SMALL, a bound of b_end^p over any of them; 2 where none is. For the first simdgroup.
-template <typename P>
-FUNC float past_small(P g, long step, int rows, float power, Launch launch) {
-  const float decay = launch.lane < rows ? g[launch.lane * step] : 1.0f;
-  const float count = lanes_sum(decay < SMALL ? 1.0f : 0.0f);
-  const float most = exp_two(power * lanes_sum(log_two(decay < SMALL ? SMALL : decay))) / SMALL;
-  return count > 0.0f ? most : 2.0f;
 }
 
 // The rest of one gradient's columns of a chunk, out = (b_end / b)^p out + P^T right, where out holds what G at the
@@ -103,19 +97,26 @@ FUNC void step_back(
 // strides, where PLUS. DECAY: a [B, T, Ho] float32; kept [B, Hs, M, DZ, DY] float32: S^T every KEEP tokens of
 // each block from its first on, and after the last token, by the first of the heads that share it. Without DECAY
 // both have one element, zero.
-// TZ, TD, TO dtypes, DY, DZ widths, W chunk, KEEP a multiple of it, NC stripe; DECAY, PLUS; SAME: z is y, read once.
+// TX, TY, TZ, TD, TO dtypes, DY, DZ widths, W chunk, KEEP a multiple of it, NC stripe; DECAY, PLUS; SAME: z is y.
 // Threads: 32 per stripe of 8 NC columns of y.
 // Threadgroup bytes: W (DZ' + pad) (sizeof(TD) + sizeof(TZ)) + 4 W (W + 4) + 4 W stripes + 16 W.
 //# body
   constexpr int K = (DZ + 7) / 8, R = W / 8, LDD = 8 * K + 16 / sizeof(TD), LDZ = 8 * K + 16 / sizeof(TZ);
-  constexpr int LDP = W + 16 / sizeof(Score), NS = (DY + 8 * NC - 1) / (8 * NC);
-  constexpr bool SELDOM = DECAY && KEEP > W;
-  SHARED TD ds[W * LDD];
-  SHARED TZ zs[W * LDZ];
+  constexpr int LDP = W + 16 / sizeof(Score), NS = (DY + 8 * NC - 1) / (8 * NC), KY = (DY + 7) / 8;
+  constexpr int LDX = 8 * KY + 16 / sizeof(TX), LDY = 8 * KY + 16 / sizeof(TY);
+  constexpr int DZ_BYTES = W * (LDD * sizeof(TD) + LDZ * sizeof(TZ));
+  constexpr int XY_BYTES = W * ((DECAY ? LDX * sizeof(TX) : 0) + (SAME ? 0 : LDY * sizeof(TY)));
+  constexpr bool SELDOM = DECAY && KEEP > W, AHEAD = DZ_BYTES <= AHEAD_BYTES;
+  constexpr bool STAGED = DZ_BYTES + XY_BYTES <= AHEAD_BYTES;
+  constexpr int ROOMS = AHEAD ? 2 : 1;
+  SHARED TD d_room[ROOMS * W * LDD];
+  SHARED TZ z_room[ROOMS * W * LDZ];
+  SHARED TX x_room[STAGED && DECAY ? 2 * W * LDX : 1];
+  SHARED TY y_room[STAGED && !SAME ? 2 * W * LDY : 1];
   SHARED Score ps[W * LDP];
   SHARED float reads[NS * W];
-  SHARED Decays<W> cum;
-  SHARED Pair least[W];
+  SHARED Decays<W> cums[ROOMS];
+  SHARED Pair leasts[ROOMS * W];
 
   const int hs = entry_shape[1], shead = head * hs / ho, col0 = 8 * NC * launch.simdgroup;
   const bool keeps = DECAY && head % (ho / hs) == 0;
@@ -125,52 +126,79 @@ FUNC void step_back(
             entry + batch * entry_strides[0] + shead * entry_strides[1] + block * entry_strides[2] +
                 col0 * entry_strides[3],
             int(entry_strides[4]), int(entry_strides[3]), DZ, DY - col0, at);
-  for (int u = 0; u < walk.count; u += W) {
-    const int rows = min(W, walk.count - u), t = walk.first + u;
-    stage<W, 8 * K>(ds, LDD, d + d_base + t * d_strides[1], int(d_strides[1]), int(d_strides[3]), rows, DZ, launch);
-    stage<W, 8 * K>(zs, LDZ, z + z_base + t * z_strides[1], int(z_strides[1]), int(z_strides[3]), rows, DZ, launch);
-    stage_both_decays<DECAY>(cum, least, g + g_base + t * g_strides[1], g_strides[1], rows, power, launch);
-    sync_threadgroup();
-    scores<K>(ps, LDP, ds, LDD, zs, LDZ, cum, power, scale, launch, at);
-    Tile<R, NC> ys, out;
-    tile_zero(out);
-    tile_mma<R, K, NC, false, false, SELDOM>(out, ds, LDD, state, at);  // dX = scale b d S^T
-    if (DECAY) {
-      const auto xs = x + x_base + t * x_strides[1] + col0 * x_strides[3];
-      const int down = int(x_strides[1]), across = int(x_strides[3]);
-      const bool runs = in_runs<2 * NC>(xs, down, across, DY - col0);
-      tile_dot_rows(reads + launch.simdgroup * W, out, xs, down, across, runs, rows, DY - col0, at);
-      if (keeps && u % KEEP == 0) {
-        tile_write<float>(state, kept + (slot + u / KEEP) * (DY * DZ) + col0, DY, 1, DZ, DY - col0, at);
+  for (int u = AHEAD ? -W : 0; u < walk.count; u += W) {
+    if (AHEAD) sync_staged();
+    const Turn turn = turn_of<AHEAD, W>(u);
+    float decay = 1.0f;
+    if (turn.first < walk.count) {
+      const int rows = min(W, walk.count - turn.first), t = walk.first + turn.first, room = turn.next * W;
+      stage<W, 8 * K>(d_room + room * LDD, LDD, d + d_base, d_strides, t, rows, DZ, launch);
+      stage<W, 8 * K>(z_room + room * LDZ, LDZ, z + z_base, z_strides, t, rows, DZ, launch);
+      if (STAGED && DECAY) stage<W, 8 * KY>(x_room + room * LDX, LDX, x + x_base, x_strides, t, rows, DY, launch);
+      if (STAGED && !SAME) stage<W, 8 * KY>(y_room + room * LDY, LDY, y + y_base, y_strides, t, rows, DY, launch);
+      decay = lane_decay(g + g_base + t * g_strides[1], g_strides[1], rows, launch);
+    }
+    if (!AHEAD) {
+      stage_decays<DECAY, false>(cums[0], leasts, reads, decay, power, launch);
+      sync_staged();
+    }
+    if (u >= 0) {
+      const int rows = min(W, walk.count - u), t = walk.first + u, room = turn.now * W;
+      IN_SHARED TD* ds = d_room + room * LDD;
+      IN_SHARED TZ* zs = z_room + room * LDZ;
+      IN_SHARED Decays<W>& cum = cums[turn.now];
+      scores<K>(ps, LDP, ds, LDD, zs, LDZ, cum, power, scale, launch, at);
+      Tile<R, NC> ys, out;
+      tile_zero(out);
+      tile_mma<R, K, NC, false, false, SELDOM>(out, ds, LDD, state, at);  // dX = scale b d S^T
+      if (DECAY) {
+        IN_SHARED float* dots = reads + launch.simdgroup * W;
+        if (STAGED) {
+          tile_dot_rows(dots, out, x_room + room * LDX + col0, LDX, 1, true, W, 8 * KY - col0, at);
+        } else {
+          const auto xs = x + x_base + t * x_strides[1] + col0 * x_strides[3];
+          const int down = int(x_strides[1]), across = int(x_strides[3]);
+          const bool runs = in_runs<2 * NC>(xs, down, across, DY - col0);
+          tile_dot_rows(dots, out, xs, down, across, runs, rows, DY - col0, at);
+        }
+        if (keeps && u % KEEP == 0) {
+          tile_write<float>(state, kept + (slot + u / KEEP) * (DY * DZ) + col0, DY, 1, DZ, DY - col0, at);
+        }
+      }
+      tile_decay_from_start(out, cum, power, scale, at);
+      if (SAME) {
+        tile_take(ys, zs + col0, LDZ, 8 * K - col0, at);
+      } else if (STAGED) {
+        tile_take(ys, y_room + room * LDY + col0, LDY, 8 * KY - col0, at);
+      } else {
+        tile_read(ys, y + y_base + t * y_strides[1] + col0 * y_strides[3], int(y_strides[1]), int(y_strides[3]), rows,
+                  DY - col0, at);
+      }
+      Tile<R, NC> more;
+      if (PLUS) {
+        tile_read(more,
+                  plus + batch * plus_strides[0] + t * plus_strides[1] + head * plus_strides[2] +
+                      col0 * plus_strides[3],
+                  int(plus_strides[1]), int(plus_strides[3]), rows, DY - col0, at);
+      }
+      sync_threadgroup();
+      tile_mma<R, R, NC, false, true>(out, ps, LDP, ys, at);  // dX += (D^p scale d z^T) Y
+      if (PLUS) tile_sum(out, more);
+      tile_write<TO>(out, dx + ((long(batch) * total + t) * ho + head) * DY + col0, ho * DY, 1, rows, DY - col0, at);
+      pass_write(state, zs, LDZ, ys, cum, power, at);  // S^T = b_W S^T + Z^T (b_W / b) Y
+      if (DECAY && launch.index < rows) {
+        float sum = 0.0f;
+        HLA_UNROLL
+        for (int n = 0; n < NS; n++) sum += reads[n * W + launch.index];
+        a[(long(batch) * total + t + launch.index) * ho + head] =
+            scale * sum * decay_since_start(leasts[room + launch.index], power);
       }
     }
-    tile_decay_from_start(out, cum, power, scale, at);
-    if (SAME) {
-      tile_take(ys, zs + col0, LDZ, 8 * K - col0, at);
+    if (AHEAD) {
+      stage_decays<DECAY, false>(cums[turn.next], leasts + turn.next * W, reads, decay, power, launch);
     } else {
-      tile_read(ys, y + y_base + t * y_strides[1] + col0 * y_strides[3], int(y_strides[1]), int(y_strides[3]), rows,
-                DY - col0, at);
+      sync_threadgroup();
     }
-    sync_threadgroup();
-    tile_mma<R, R, NC, false, true>(out, ps, LDP, ys, at);  // dX += (D^p scale d z^T) Y
-    if (PLUS) {
-      Tile<R, NC> more;
-      tile_read(more,
-                plus + batch * plus_strides[0] + t * plus_strides[1] + head * plus_strides[2] + col0 * plus_strides[3],
-                int(plus_strides[1]), int(plus_strides[3]), rows, DY - col0, at);
-      tile_sum(out, more);
-    }
-    tile_write<TO>(out, dx + ((long(batch) * total + t) * ho + head) * DY + col0, ho * DY, 1, rows, DY - col0, at);
-    tile_decay_to_end(ys, cum, power, at);
-    tile_scale(state, chunk_decay(cum, power));
-    tile_mma<K, R, NC, true, false>(state, zs, LDZ, ys, at);  // S^T = b_W S^T + Z^T (b_W / b) Y
-    if (DECAY && launch.index < rows) {
-      float sum = 0.0f;
-      for (int n = 0; n < NS; n++) sum += reads[n * W + launch.index];
-      a[(long(batch) * total + t + launch.index) * ho + head] =
-          scale * sum * decay_since_start(least[launch.index], power);
-    }
-    sync_threadgroup();
   }
   if (keeps && block == blocks - 1) {
     tile_write<float>(state, kept + (slot + (walk.count + KEEP - 1) / KEEP) * (DY * DZ) + col0, DY, 1, DZ, DY - col0,
@@ -203,21 +231,19 @@ FUNC void step_back(
   constexpr int LDX = 8 * K + 16 / sizeof(TX), LDY = 8 * K + 16 / sizeof(TY);
   constexpr int LDD = 8 * K + 16 / sizeof(TD), LDZ = 8 * K + 16 / sizeof(TZ), LDS = 8 * K + 4;
   constexpr int XD_BYTES = W * (LDX * sizeof(TX) + LDD * sizeof(TD)), Y_BYTES = W * LDY * sizeof(TY);
-  constexpr int ROOM = XD_BYTES + Y_BYTES + (SAME ? 0 : W * LDZ * int(sizeof(TZ)));
-  SHARED float room[ROOM / 4];
+  constexpr bool AHEAD = XD_BYTES + Y_BYTES + (SAME ? 0 : W * LDZ * int(sizeof(TZ))) <= AHEAD_BYTES;
+  constexpr int ROOMS = AHEAD ? 2 : 1;
+  SHARED float xd_room[ROOMS * XD_BYTES / 4];
+  SHARED TY y_room[ROOMS * W * LDY];
+  SHARED TZ z_room[SAME ? 1 : ROOMS * W * LDZ];
   SHARED Score ps[W * LDP], ms[W * LDP];
-  SHARED Decays<W> cum;
-  SHARED Pair least[W];
+  SHARED Decays<W> cums[ROOMS];
+  SHARED Pair leasts[ROOMS * W];
   SHARED Parts<DECAY ? W : 8> parts;
-  SHARED float tails[DECAY ? W : 1], writes[DECAY ? NS * W : 1], crossing[DECAY ? NS : 1], past[1], whole[1];
-  IN_SHARED TX* xs = reinterpret_cast<IN_SHARED TX*>(room);
-  IN_SHARED TD* ds = reinterpret_cast<IN_SHARED TD*>(xs + W * LDX);
-  IN_SHARED TY* ys = reinterpret_cast<IN_SHARED TY*>(ds + W * LDD);
-  IN_SHARED TZ* zs = reinterpret_cast<IN_SHARED TZ*>(SAME ? ys : ys + W * LDY);
+  SHARED float tails[DECAY ? W : 1], writes[DECAY ? NS * W : 1], crossing[DECAY ? NS : 1], past[ROOMS], whole[1];
 
   const bool of_y = launch.simdgroup >= NS;  // dy's columns and the transpose of G, or dz's and G
-  const int part = launch.group.x;
-  const int hs = max(int(y_shape[2]), int(z_shape[2]));
+  const int part = launch.group.x, hs = max(int(y_shape[2]), int(z_shape[2]));
   const int stripe = launch.simdgroup % NS, col0 = 8 * NC * (stripe + NS * part), width = of_y ? DY : DZ;
   const float own = part == 0 ? scale : 0.0f;
 
@@ -226,154 +252,144 @@ FUNC void step_back(
   tile_read(state,
             after + batch * after_strides[0] + head * after_strides[1] + block * after_strides[2] + col0 * across, down,
             across, of_y ? DZ : DY, width - col0, at);
-  float flow = 0.0f;  // h, in the first simdgroup
-  bool followed = false, exact = false, none = false;  // S up to chunk u; whether it must be; whether whole is 0
-  // Chunk u is done when v comes to it, at once or, where S is followed, over those after the S kept before it.
-  for (int u = (walk.count - 1) / W * W, v = u; u >= 0;) {
-    const int rows = min(W, walk.count - v), t = walk.first + v;
-    if (!SELDOM || v == u) {
-      stage<W, 8 * K>(xs, LDX, x + x_base + t * x_strides[1], int(x_strides[1]), int(x_strides[3]), rows, DY, launch);
-      stage<W, 8 * K>(ds, LDD, d + d_base + t * d_strides[1], int(d_strides[1]), int(d_strides[3]), rows, DZ, launch);
-    }
-    stage<W, 8 * K>(ys, LDY, y + y_base + t * y_strides[1], int(y_strides[1]), int(y_strides[3]), rows, DY, launch);
-    if (!SAME) {
-      stage<W, 8 * K>(zs, LDZ, z + z_base + t * z_strides[1], int(z_strides[1]), int(z_strides[3]), rows, DZ, launch);
-    }
-    stage_both_decays<DECAY>(cum, least, g + g_base + t * g_strides[1], g_strides[1], rows, power, launch);
-    float read = 0.0f;  // a, in the first simdgroup
-    if (DECAY && launch.index < rows && part == 0) read = a[(long(batch) * total + t + launch.index) * ho + head];
-    if (SELDOM && launch.simdgroup == 0) {
-      const float most = past_small(g + g_base + t * g_strides[1], g_strides[1], rows, power, launch);
-      if (launch.lane == 0) past[0] = most;
-    }
-    sync_threadgroup();
-    Tile<R, NC> out;
-    tile_zero(out);
-    bool met = false;  // S in memory
-    if (SELDOM && v < u) {  // h = b_W h + sum (b_W / b) y^T G z
-      if (!of_y) {
-        tile_mma<R, K, NC, false, false, SELDOM>(out, ys, LDY, state, at);
-        tile_dot_rows(writes + stripe * W, out, zs + col0, LDZ, 1, true, W, 8 * K - col0, at);
+  float flow = 0.0f, coming = 0.0f;  // h, and a of the chunk that is next, in the first simdgroup
+  for (int u = (walk.count - 1) / W * W + (AHEAD ? W : 0); u >= 0; u -= W) {
+    if (AHEAD) sync_staged();
+    const int w = AHEAD ? u - W : u, next = AHEAD ? w / W & 1 : 0, now = AHEAD ? 1 - next : 0;  // chunk w is next
+    IN_SHARED TX* xs = reinterpret_cast<IN_SHARED TX*>(xd_room + next * (XD_BYTES / 4));
+    float read = coming, decay = 1.0f;
+    if (w >= 0) {
+      const int rows = min(W, walk.count - w), t = walk.first + w, room = next * W;
+      stage<W, 8 * K>(xs, LDX, x + x_base, x_strides, t, rows, DY, launch);
+      stage<W, 8 * K>(reinterpret_cast<IN_SHARED TD*>(xs + W * LDX), LDD, d + d_base, d_strides, t, rows, DZ, launch);
+      stage<W, 8 * K>(y_room + room * LDY, LDY, y + y_base, y_strides, t, rows, DY, launch);
+      if (!SAME) stage<W, 8 * K>(z_room + room * LDZ, LDZ, z + z_base, z_strides, t, rows, DZ, launch);
+      decay = lane_decay(g + g_base + t * g_strides[1], g_strides[1], rows, launch);
+      if (DECAY && part == 0 && launch.simdgroup == 0) {
+        coming = launch.lane < rows ? a[(long(batch) * total + t + launch.lane) * ho + head] : 0.0f;
       }
-      sync_threadgroup();
-      if (launch.simdgroup == 0) {
-        float sum = 0.0f;
-        for (int n = 0; n < NS && launch.lane < W; n++) sum += writes[n * W + launch.lane];
-        if (launch.lane < W) sum *= decay_between(cum.sums[W - 1], cum.sums[launch.lane], power);
-        flow = flow * chunk_decay(cum, power) + lanes_sum(sum);
-      }
-      sync_threadgroup();
-      v += W;
-      continue;
     }
-    if (DECAY && !followed) {
-      exact = !SELDOM || (past[0] <= 1.0f && past[0] > NOTHING);
-      none = SELDOM && past[0] <= NOTHING;
-      met = exact || (u + W) % KEEP == 0 || u + W >= walk.count;
-      if (met && of_y) {
-        const long slot = (long(batch) * hs + head * hs / ho) * of_head + kept_first + u / KEEP + (exact ? 0 : 1);
-        const float sum = lanes_sum(tile_dot(state, kept + slot * (DY * DZ) + col0, DY, 1, DZ, DY - col0, at));
-        if (launch.lane == 0) crossing[stripe] = sum;
+    if (!AHEAD) {
+      read = coming;
+      stage_decays<DECAY, SELDOM>(cums[0], leasts, past, decay, power, launch);
+      sync_staged();
+    }
+    if (u < walk.count) {
+      const int rows = min(W, walk.count - u), t = walk.first + u;
+      xs = reinterpret_cast<IN_SHARED TX*>(xd_room + now * (XD_BYTES / 4));
+      IN_SHARED TD* ds = reinterpret_cast<IN_SHARED TD*>(xs + W * LDX);
+      IN_SHARED TY* ys = y_room + now * (W * LDY);
+      IN_SHARED TZ* zs = SAME ? reinterpret_cast<IN_SHARED TZ*>(ys) : z_room + now * (W * LDZ);
+      IN_SHARED Decays<W>& cum = cums[now];
+      IN_SHARED Pair* least = leasts + now * W;
+      Tile<R, NC> out;
+      bool met = false, exact = false, none = false;  // S in memory; whether it must be; whether whole is 0
+      if (DECAY) {
+        exact = !SELDOM || (past[now] <= 1.0f && past[now] > NOTHING);
+        none = SELDOM && past[now] <= NOTHING;
+        met = exact || (u + W) % KEEP == 0 || u + W >= walk.count;
+        if (met && of_y) {
+          const long slot = (long(batch) * hs + head * hs / ho) * of_head + kept_first + u / KEEP + (exact ? 0 : 1);
+          const float sum = lanes_sum(tile_dot(state, kept + slot * (DY * DZ) + col0, DY, 1, DZ, DY - col0, at));
+          if (launch.lane == 0) crossing[stripe] = sum;
+        }
       }
-      if (SELDOM && exact && u % KEEP > 0) {
-        sync_threadgroup();
+      if (SELDOM && exact && u % KEEP > 0) {  // h = b_W h + sum (b_W / b) y^T G z, over the chunks from S on
+        sync_staged();
         flow = 0.0f;
         for (int n = 0; n < NS; n++) flow += crossing[n];
-        followed = true;
-        v = u / KEEP * KEEP;
-        continue;
+        met = false;
+        for (int v = u / KEEP * KEEP; v <= u; v += W) {  // in the room of chunk w, which comes again after them
+          const int c = v < u ? v : w, rows = min(W, walk.count - c), t = walk.first + c, room = next * W;
+          IN_SHARED TY* yv = y_room + room * LDY;
+          IN_SHARED TZ* zv = SAME ? reinterpret_cast<IN_SHARED TZ*>(yv) : z_room + room * LDZ;
+          if (c >= 0) stage<W, 8 * K>(yv, LDY, y + y_base, y_strides, t, rows, DY, launch);
+          if (c >= 0 && !SAME) stage<W, 8 * K>(zv, LDZ, z + z_base, z_strides, t, rows, DZ, launch);
+          if (v == u) break;
+          stage_decay(cums[next], lane_decay(g + g_base + t * g_strides[1], g_strides[1], rows, launch), power, launch);
+          sync_staged();
+          if (!of_y) {
+            tile_zero(out);
+            tile_mma<R, K, NC, false, false, SELDOM>(out, yv, LDY, state, at);
+            tile_dot_rows(writes + stripe * W, out, zv + col0, LDZ, 1, true, W, 8 * K - col0, at);
+          }
+          sync_threadgroup();
+          if (launch.simdgroup == 0) {
+            IN_SHARED Decays<W>& cum = cums[next];
+            float sum = 0.0f;
+            for (int n = 0; n < NS && launch.lane < W; n++) sum += writes[n * W + launch.lane];
+            if (launch.lane < W) sum *= decay_between(cum.sums[W - 1], cum.sums[launch.lane], power);
+            flow = flow * chunk_decay(cum, power) + lanes_sum(sum);
+          }
+          sync_threadgroup();
+        }
+        if (!AHEAD) {
+          stage_decay(cums[0], decay, power, launch);
+          sync_staged();
+        }
       }
-    }
-    two_scores<K, DECAY>(ps, ms, LDP, xs, LDX, ys, LDY, ds, LDD, zs, LDZ, cum, least, parts, power, scale, own, launch,
-                         at);
-    if (of_y) {
-      tile_mma<R, K, NC, false, false>(out, zs, LDZ, state, at);  // dY = (b_W / b) Z G^T
-    } else {
-      tile_mma<R, K, NC, false, false, SELDOM>(out, ys, LDY, state, at);  // dZ = (b_W / b) Y G
-      if (DECAY) tile_dot_rows(writes + stripe * W, out, zs + col0, LDZ, 1, true, W, 8 * K - col0, at);
-    }
-    sync_threadgroup();
-    if (of_y) {  // dY += ms^T X;  G^T = b_W G^T + scale D^T b X
-      step_back(out, state, ms, LDP, ds, LDD, xs + col0, LDX, 8 * K - col0, cum, power, scale, at);
-    } else {  // dZ += ps^T D;  G = b_W G + scale X^T b D
-      step_back(out, state, ps, LDP, xs, LDX, ds + col0, LDD, 8 * K - col0, cum, power, scale, at);
-    }
-    const long token = (long(batch) * total + t) * ho + head;
-    if (!SAME) {
+      two_scores<K, DECAY>(
+          ps, ms, LDP, xs, LDX, ys, LDY, ds, LDD, zs, LDZ, cum, least, parts, power, scale, own, launch, at);
+      tile_zero(out);
       if (of_y) {
-        tile_write<TOY>(out, dy + token * DY + col0, ho * DY, 1, rows, DY - col0, at);
+        tile_mma<R, K, NC, false, false>(out, zs, LDZ, state, at);  // dY = (b_W / b) Z G^T
       } else {
-        tile_write<TOZ>(out, dz + token * DZ + col0, ho * DZ, 1, rows, DZ - col0, at);
+        tile_mma<R, K, NC, false, false, SELDOM>(out, ys, LDY, state, at);  // dZ = (b_W / b) Y G
+        if (DECAY) tile_dot_rows(writes + stripe * W, out, zs + col0, LDZ, 1, true, W, 8 * K - col0, at);
       }
-    }
-    if (DECAY && launch.simdgroup == 0) {
-      // by_row[i][J] becomes a_i + the sum over the blocks before J; tails[j] the sum over the blocks below j's.
-      const int i = launch.lane;
-      float write = 0.0f;
-      if (i < W) {
-        float sum = read, tail = 0.0f;
-        HLA_UNROLL
-        for (int n = 0; n < NS; n++) write += writes[n * W + i];
-        HLA_UNROLL
-        for (int n = 0; n < R; n++) {
-          if (n <= i / 8) {
-            const float block_sum = parts.by_row[i * R + n];
-            parts.by_row[i * R + n] = sum;
-            sum += block_sum;
-          } else {
-            tail += parts.by_col[i * R + n];
-          }
-        }
-        tails[i] = tail;
-        write *= decay_between(least[W - 1], least[i], power);
-        writes[i] = write;
-      }
-      const float writes_sum = lanes_sum(write), reads_sum = lanes_sum(read);
-      if (met) {
-        flow = 0.0f;
-        for (int n = 0; n < NS; n++) flow += crossing[n];
-      }
-      flow = exact ? flow * decay_since_start(least[W - 1], power) : none ? 0.0f : flow - writes_sum;
-      if (i == 0) whole[0] = flow;
-      flow += reads_sum;  // h before the chunk
-    }
-    sync_threadgroup();
-    if (SAME) {  // the tiles are done with: their room takes dz's part over to dy's simdgroups
-      IN_SHARED float* other = room + col0;
-      if (!of_y) tile_put(out, other, LDS, 8 * K - col0, at);
       sync_threadgroup();
-      if (of_y) {
-        tile_add(out, other, LDS, 8 * K - col0, 1.0f, at);
-        tile_write<TOY>(out, dy + token * DY + col0, ho * DY, 1, rows, DY - col0, at);
+      if (of_y) {  // dY += ms^T X;  G^T = b_W G^T + scale D^T b X
+        step_back(out, state, ms, LDP, ds, LDD, xs + col0, LDX, 8 * K - col0, cum, power, scale, at);
+      } else {  // dZ += ps^T D;  G = b_W G + scale X^T b D
+        step_back(out, state, ps, LDP, xs, LDX, ds + col0, LDD, 8 * K - col0, cum, power, scale, at);
       }
-    }
-    if (DECAY) {  // eight lanes share a token's sums
-      const int e = launch.index % 8;
-      for (int first_row = 0; first_row < rows; first_row += launch.threads / 8) {
-        const int i = first_row + launch.index / 8, n = i / 8;
-        float sum = 0.0f;
-        if (i < rows) {
-          HLA_UNROLL
-          for (int m = 0; m < R; m++) {
-            const int j = 8 * m + e;
-            if (j < i) sum += writes[j];
-            if (j >= i) sum += parts.by_row[j * R + n];
-          }
-          const int j = 8 * n + e;
-          if (j < i) sum += tails[j];
-          HLA_UNROLL
-          for (int c = 0; c < 8; c++) {
-            if (j >= i && 8 * n + c < i) sum += parts.diagonal[8 * j + c];
-          }
+      const long token = (long(batch) * total + t) * ho + head;
+      if (!SAME) {
+        if (of_y) {
+          tile_write<TOY>(out, dy + token * DY + col0, ho * DY, 1, rows, DY - col0, at);
+        } else {
+          tile_write<TOZ>(out, dz + token * DZ + col0, ho * DZ, 1, rows, DZ - col0, at);
         }
-        sum = eight_sum(sum);
-        if (e == 0 && i < rows) r[(token + i * ho) * HALVES + part] = whole[0] + sum;
       }
+      if (DECAY && launch.simdgroup == 0) {
+        const int i = launch.lane;
+        float write = 0.0f;
+        if (i < W) {
+          HLA_UNROLL
+          for (int n = 0; n < NS; n++) write += writes[n * W + i];
+          tails[i] = parts_gather<W>(parts, i, read);
+          write *= decay_between(least[W - 1], least[i], power);
+          writes[i] = write;
+        }
+        const float writes_sum = lanes_sum(write), reads_sum = lanes_sum(read);
+        if (met) {
+          flow = 0.0f;
+          for (int n = 0; n < NS; n++) flow += crossing[n];
+        }
+        flow = exact ? flow * decay_since_start(least[W - 1], power) : none ? 0.0f : flow - writes_sum;
+        if (i == 0) whole[0] = flow;
+        flow += reads_sum;  // h before the chunk
+      }
+      sync_threadgroup();
+      if (SAME) {  // the tiles are done with: their room takes dz's part over to dy's simdgroups
+        IN_SHARED float* other = xd_room + now * (XD_BYTES / 4) + col0;
+        if (!of_y) tile_put(out, other, LDS, 8 * K - col0, at);
+        sync_threadgroup();
+        if (of_y) {
+          tile_add(out, other, LDS, 8 * K - col0, 1.0f, at);
+          tile_write<TOY>(out, dy + token * DY + col0, ho * DY, 1, rows, DY - col0, at);
+        }
+      }
+      if (DECAY) {  // eight lanes share a token's sums
+        for (int i = launch.index / 8; i - launch.index / 8 < rows; i += launch.threads / 8) {
+          const float sum = i < rows ? parts_sum<W>(parts, writes, tails, i, launch.index % 8) : 0.0f;
+          const float all = whole[0] + eight_sum(sum);
+          if (launch.index % 8 == 0 && i < rows) r[(token + i * ho) * HALVES + part] = all;
+        }
+      }
+      if (SAME && !AHEAD) sync_threadgroup();
     }
-    if (SAME) sync_threadgroup();
-    u -= W;
-    v = u;
-    followed = false;
+    if (AHEAD) stage_decays<DECAY, SELDOM>(cums[next], leasts + next * W, past + next, decay, power, launch);
   }
   if (block == 0 && !of_y) {
     tile_write<float>(state, first + (long(batch) * ho + head) * (DY * DZ) + col0, DZ, 1, DY, DZ - col0, at);

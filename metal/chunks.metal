@@ -110,12 +110,41 @@ FUNC void scores(
 }
 
 // ---- Staging -------------------------------------------------------------------------------------
+//
+// A kernel walks over its chunks so, AHEAD where it has room for two chunks' tiles:
+//
+//     for each chunk, AHEAD from one before the first on
+//       AHEAD: sync_staged
+//       stage the chunk that is next, which is this one unless AHEAD, and read its decays
+//       unless AHEAD: stage_decay, sync_staged
+//       work on this chunk, if it is one
+//       AHEAD: stage_decay of the next; else, where some still read what is staged then, sync_threadgroup
 
-// The decays of a chunk of W tokens by the first simdgroup, to be read after the next barrier. g is the decay of
-// the chunk's first token, that of the next lies `step` on.
-template <int W, typename P>
-FUNC void stage_decay(IN_SHARED Decays<W>& cum, P g, long step, int rows, float power, Launch launch) {
-  if (launch.simdgroup == 0) decays_put(cum, launch.lane < rows ? g[launch.lane * step] : 1.0f, power, launch.lane);
+// At token u of a block: the first token of the chunk that is next, the room for it, and that of the chunk at u.
+struct Turn {
+  int first, next, now;
+};
+
+template <bool AHEAD, int W>
+FUNC Turn turn_of(int u) {
+  Turn turn;
+  turn.first = AHEAD ? u + W : u;
+  turn.next = AHEAD ? turn.first / W % 2 : 0;
+  turn.now = AHEAD ? 1 - turn.next : 0;
+  return turn;
+}
+
+// The decay of this lane's token, if it is one of the first `rows`, for the first simdgroup. g is that of the first,
+// that of the next lies `step` on.
+template <typename P>
+FUNC float lane_decay(P g, long step, int rows, Launch launch) {
+  return launch.simdgroup == 0 && launch.lane < rows ? g[launch.lane * step] : 1.0f;
+}
+
+// What decays_put makes of it, to be read after the next barrier.
+template <int W>
+FUNC void stage_decay(IN_SHARED Decays<W>& cum, float decay, float power, Launch launch) {
+  if (launch.simdgroup == 0) decays_put(cum, decay, power, launch.lane);
 }
 
 // The n-th place of a grid of COLS columns, row by row, and the place that lies `by` after another: a thread that
@@ -139,11 +168,14 @@ FUNC Spot grid_after(Spot spot, Spot by) {
   return spot;
 }
 
-// dst (W rows of WIDTH, leading dimension ld) = rows 0..rows of src, zero outside rows x cols; 16 bytes at a time where
-// a row lies together at multiples of 16, as every row of a contiguous array does whose width is a multiple of 8.
-template <int W, int WIDTH, typename T, typename P>
-FUNC void stage(IN_SHARED T* dst, int ld, P src, int row_step, int col_step, int rows, int cols, Launch launch) {
+// dst (W rows of WIDTH, leading dimension ld) = the tokens t..t + rows of a head that lies at src, by the strides of
+// its array; zero outside rows x cols; 16 bytes at a time where a row lies together at multiples of 16, as every row of
+// a contiguous array does whose width is a multiple of 8.
+template <int W, int WIDTH, typename T, typename P, typename S>
+FUNC void stage(IN_SHARED T* dst, int ld, P src, S strides, int t, int rows, int cols, Launch launch) {
   constexpr int N = 16 / sizeof(T), PARTS = WIDTH / N;
+  const int row_step = int(strides[1]), col_step = int(strides[3]);
+  src += t * strides[1];
   if (cols == WIDTH && in_runs<N>(src, row_step, col_step, cols)) {
     const Spot by = grid_spot<PARTS>(launch.threads);
     for (Spot i = grid_spot<PARTS>(launch.index); i.row < W; i = grid_after<PARTS>(i, by)) {

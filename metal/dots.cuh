@@ -53,11 +53,6 @@ FUNC void tile_dot_rows(
 
 // ---- Products of scores --------------------------------------------------------------------------
 
-template <int W>
-struct Parts {
-  float by_row[W * W / 8], by_col[W * W / 8], diagonal[W * 8];
-};
-
 // In blocks of 16 x 8, or one of 8 x 8: what of them is above the diagonal is zero.
 template <int K, bool DECAY, int W, int V, typename PX, typename PY, typename PD, typename PZ>
 FUNC void two_scores(

@@ -39,7 +39,7 @@ FUNC void tile_dot_rows(
   }
 }
 
-// ---- Products of scores --------------------------------------------------------------------------
+// ---- Sums of a triangle --------------------------------------------------------------------------
 
 // Sums of a matrix M of W x W below its diagonal, in 8 x 8 blocks: of a row over the columns of a block, of a column
 // over the rows of one; and the blocks on the diagonal.
@@ -47,6 +47,49 @@ template <int W>
 struct Parts {
   float by_row[W * W / 8], by_col[W * W / 8], diagonal[W * 8];
 };
+
+// by_row[i][J] becomes the sum over the blocks of row i before J and `before`; that over the blocks below that of i is
+// returned, of column i.
+template <int W, int V>
+FUNC float parts_gather(IN_SHARED Parts<V>& parts, int i, float before) {
+  constexpr int R = W / 8;
+  float sum = before, tail = 0.0f;
+  HLA_UNROLL
+  for (int n = 0; n < R; n++) {
+    if (n <= i / 8) {
+      const float block_sum = parts.by_row[i * R + n];
+      parts.by_row[i * R + n] = sum;
+      sum += block_sum;
+    } else {
+      tail += parts.by_col[i * R + n];
+    }
+  }
+  return tail;
+}
+
+// The e-th of eight parts of the sum of writes[j] for j < i and of M in rows from i on and columns before i, after
+// parts_gather of all tokens, with its tails.
+template <int W, int V>
+FUNC float parts_sum(
+    IN_SHARED const Parts<V>& parts, IN_SHARED const float* writes, IN_SHARED const float* tails, int i, int e) {
+  constexpr int R = W / 8;
+  const int n = i / 8, row = 8 * n + e;
+  float sum = 0.0f;
+  HLA_UNROLL
+  for (int m = 0; m < R; m++) {
+    const int j = 8 * m + e;
+    if (j < i) sum += writes[j];
+    if (j >= i) sum += parts.by_row[j * R + n];
+  }
+  if (row < i) sum += tails[row];
+  HLA_UNROLL
+  for (int c = 0; c < 8; c++) {
+    if (row >= i && 8 * n + c < i) sum += parts.diagonal[8 * row + c];
+  }
+  return sum;
+}
+
+// ---- Products of scores --------------------------------------------------------------------------
 
 // ps = scale D^power (x y^T) and ms = scale D^power (d z^T) as `scores` makes them, and where DECAY the parts of
 // M_ij = own (x_i . y_j) (d_i . z_j) D_ij^power, its D from `least`.

@@ -20,6 +20,29 @@
 // Mirrors mlx_hla.ops.hla2.
 //# uses: linear
 
+// What comes before the work on a chunk, see chunks.metal: q, k and, where STAGED, v of the next. Its decay is
+// returned; unless AHEAD its sums alternate, so that they wait for nobody.
+template <int W, int D, int DV, bool AHEAD, bool STAGED, typename T, typename P, typename G, typename S>
+FUNC float stage_chunk(
+    IN_SHARED T* qs, IN_SHARED T* ks, IN_SHARED T* vs, IN_SHARED Decays<W>* cums, P q, S q_strides, P k, S k_strides,
+    P v, S v_strides, G g, S g_strides, Walk walk, Turn turn, Launch launch) {
+  constexpr int PAD = 16 / sizeof(T), M = (D + 7) / 8 * 8, MV = (DV + 7) / 8 * 8, LD = M + PAD, LDV = MV + PAD;
+  const int rows = min(W, walk.count - turn.first), t = walk.first + turn.first, room = turn.next * W;
+  float decay = 1.0f;
+  if (AHEAD) sync_staged();
+  if (rows > 0) {
+    stage<W, M>(qs + room * LD, LD, q, q_strides, t, rows, D, launch);
+    stage<W, M>(ks + room * LD, LD, k, k_strides, t, rows, D, launch);
+    if (STAGED) stage<W, MV>(vs + room * LDV, LDV, v, v_strides, t, rows, DV, launch);
+    decay = lane_decay(g + t * g_strides[1], g_strides[1], rows, launch);
+  }
+  if (!AHEAD) {
+    stage_decay(cums[turn.first / W % 2], decay, 1.0f, launch);
+    sync_staged();
+  }
+  return decay;
+}
+
 // The first pass over a chunk that is staged: K~ to kts, this simdgroup's columns of it also to `out`, and those of K
 // to `right`, for pass_write of S. ps is scratch. One barrier inside; kts is to be read after the next.
 template <int W, int LD, int LDK, int LDP, int K, int R, int NC, typename T>
@@ -37,10 +60,12 @@ FUNC void walk_keys(
 }
 
 //# before each body
-  constexpr int K = (D + 7) / 8, R = W / 8, LD = 8 * K + 16 / sizeof(T), PAD = 16 / sizeof(Score);
-  constexpr int LDK = 8 * K + PAD, LDP = W + PAD;
-  SHARED T qs[W * LD];
-  SHARED T ks[W * LD];
+  constexpr int K = (D + 7) / 8, R = W / 8, LD = 8 * K + 16 / sizeof(T), PAD = 16 / sizeof(Score), KV = (DV + 7) / 8;
+  constexpr int LDK = 8 * K + PAD, LDP = W + PAD, LDV = 8 * KV + 16 / sizeof(T);
+  constexpr bool AHEAD = 2 * W * LD * sizeof(T) <= AHEAD_BYTES, STAGED = W * (2 * LD + LDV) * sizeof(T) <= AHEAD_BYTES;
+  SHARED T q_room[(AHEAD ? 2 : 1) * W * LD];
+  SHARED T k_room[(AHEAD ? 2 : 1) * W * LD];
+  SHARED T v_room[STAGED ? 2 * W * LDV : 1];
   SHARED Score kts[W * LDK];
   SHARED Score ps[W * LDP];
   SHARED Decays<W> cums[2];
@@ -51,7 +76,7 @@ FUNC void walk_keys(
   const float scale = floats[0], ridge = floats[1];
   const long q_base = batch * q_strides[0] + head * q_strides[2];
   const long k_base = batch * k_strides[0] + kv * k_strides[2];
-  const long v_base = batch * v_strides[0] + kv * v_strides[2] + col0 * v_strides[3];
+  const long v_base = batch * v_strides[0] + kv * v_strides[2];
   const long g_base = batch * g_strides[0] + (head * g_shape[2] / hq) * g_strides[2];
 
   State<K, NC> s, f;
@@ -70,24 +95,35 @@ FUNC void walk_keys(
             int(s_first_strides[2]), int(s_first_strides[3]), D, D - col0, at);
   tile_read(f, f_first + batch * f_first_strides[0] + head * f_first_strides[1] + col0 * f_first_strides[3],
             int(f_first_strides[2]), int(f_first_strides[3]), D, DV - col0, at);
-  for (int u = 0; u < total; u += W) {
-    const int rows = min(W, total - u);
-    IN_SHARED Decays<W>& cum = cums[u / W % 2];  // the next chunk's sums wait for nobody
-    stage<W, 8 * K>(qs, LD, q + q_base + u * q_strides[1], int(q_strides[1]), int(q_strides[3]), rows, D, launch);
-    stage<W, 8 * K>(ks, LD, k + k_base + u * k_strides[1], int(k_strides[1]), int(k_strides[3]), rows, D, launch);
-    stage_decay<W>(cum, g + g_base + u * g_strides[1], g_strides[1], rows, 1.0f, launch);
-    sync_threadgroup();
-    Tile<R, NC> right, out;
-    walk_keys<W, LD, LDK, LDP>(s, out, right, qs, ks, kts, ps, cum, scale, ridge, col0, launch, at);
-    pass_write(s, ks, LD, right, cum, 1.0f, at);  // S = b_W S + K^T (b_W / b) K
-    sync_threadgroup();
-    scores<K>(ps, LDP, qs, LD, kts, LDK, cum, 2.0f, scale, launch, at);
-    tile_read(right, v + v_base + u * v_strides[1], int(v_strides[1]), int(v_strides[3]), rows, DV - col0, at);
-    pass_read<2>(out, f, qs, LD, cum, 1.0f, scale, at);  // O = scale b^2 Q F
-    sync_threadgroup();
-    tile_mma<R, R, NC, false, true>(out, ps, LDP, right, at);  // O += P' V
-    tile_write<T>(out, o + ((long(batch) * total + u) * hq + head) * DV + col0, hq * DV, 1, rows, DV - col0, at);
-    pass_write<2>(f, kts, LDK, right, cum, 1.0f, at);  // F = b_W^2 F + K~^T (b_W / b)^2 V
+  const Walk walk = block_walk(0, total, total);
+  for (int u = AHEAD ? -W : 0; u < walk.count; u += W) {
+    const Turn turn = turn_of<AHEAD, W>(u);
+    const float decay = stage_chunk<W, D, DV, AHEAD, STAGED>(
+        q_room, k_room, v_room, cums, q + q_base, q_strides, k + k_base, k_strides, v + v_base, v_strides, g + g_base,
+        g_strides, walk, turn, launch);
+    if (u >= 0) {
+      IN_SHARED T* qs = q_room + turn.now * (W * LD);
+      IN_SHARED T* ks = k_room + turn.now * (W * LD);
+      IN_SHARED Decays<W>& cum = cums[AHEAD ? turn.now : u / W % 2];
+      const int rows = min(W, total - u);
+      Tile<R, NC> right, out;
+      walk_keys<W, LD, LDK, LDP>(s, out, right, qs, ks, kts, ps, cum, scale, ridge, col0, launch, at);
+      pass_write(s, ks, LD, right, cum, 1.0f, at);  // S = b_W S + K^T (b_W / b) K
+      sync_threadgroup();
+      scores<K>(ps, LDP, qs, LD, kts, LDK, cum, 2.0f, scale, launch, at);
+      if (STAGED) {
+        tile_take(right, v_room + turn.now * (W * LDV) + col0, LDV, 8 * KV - col0, at);
+      } else {
+        tile_read(right, v + v_base + u * v_strides[1] + col0 * v_strides[3], int(v_strides[1]), int(v_strides[3]),
+                  rows, DV - col0, at);
+      }
+      pass_read<2>(out, f, qs, LD, cum, 1.0f, scale, at);  // O = scale b^2 Q F
+      sync_threadgroup();
+      tile_mma<R, R, NC, false, true>(out, ps, LDP, right, at);  // O += P' V
+      tile_write<T>(out, o + ((long(batch) * total + u) * hq + head) * DV + col0, hq * DV, 1, rows, DV - col0, at);
+      pass_write<2>(f, kts, LDK, right, cum, 1.0f, at);  // F = b_W^2 F + K~^T (b_W / b)^2 V
+    }
+    if (AHEAD) stage_decay(cums[turn.next], decay, 1.0f, launch);
   }
   if (head % (hq / hkv) == 0) {
     tile_write<float>(s, s_last + (long(batch) * hkv + kv) * (D * D) + col0, D, 1, D, D - col0, at);
@@ -113,23 +149,32 @@ FUNC void walk_keys(
             int(entry_strides[3]), int(entry_strides[4]), D, D - col0, at);
   tile_zero(f);
   Pair whole = Pair(0.0f, 0.0f);
-  for (int u = 0; u < walk.count; u += W) {
-    const int rows = min(W, walk.count - u), t = walk.first + u;
-    IN_SHARED Decays<W>& cum = cums[u / W % 2];
-    stage<W, 8 * K>(qs, LD, q + q_base + t * q_strides[1], int(q_strides[1]), int(q_strides[3]), rows, D, launch);
-    stage<W, 8 * K>(ks, LD, k + k_base + t * k_strides[1], int(k_strides[1]), int(k_strides[3]), rows, D, launch);
-    stage_decay<W>(cum, g + g_base + t * g_strides[1], g_strides[1], rows, 1.0f, launch);
-    sync_threadgroup();
-    Tile<R, NC> right, out;
-    walk_keys<W, LD, LDK, LDP>(s, out, right, qs, ks, kts, ps, cum, scale, ridge, col0, launch, at);
-    tile_write<TK>(out, kt + ((long(batch) * total + t) * hq + head) * D + col0, hq * D, 1, rows, D - col0, at);
-    pass_write(s, ks, LD, right, cum, 1.0f, at);  // S = b_W S + K^T (b_W / b) K
-    if (summed) {
-      tile_read(right, v + v_base + t * v_strides[1], int(v_strides[1]), int(v_strides[3]), rows, DV - col0, at);
-      whole += cum.sums[W - 1];
+  for (int u = AHEAD ? -W : 0; u < walk.count; u += W) {
+    const Turn turn = turn_of<AHEAD, W>(u);
+    const float decay = stage_chunk<W, D, DV, AHEAD, STAGED>(
+        q_room, k_room, v_room, cums, q + q_base, q_strides, k + k_base, k_strides, v + v_base, v_strides, g + g_base,
+        g_strides, walk, turn, launch);
+    if (u >= 0) {
+      IN_SHARED T* ks = k_room + turn.now * (W * LD);
+      IN_SHARED Decays<W>& cum = cums[AHEAD ? turn.now : u / W % 2];
+      const int rows = min(W, walk.count - u), t = walk.first + u;
+      Tile<R, NC> right, out;
+      walk_keys<W, LD, LDK, LDP>(
+          s, out, right, q_room + turn.now * (W * LD), ks, kts, ps, cum, scale, ridge, col0, launch, at);
+      tile_write<TK>(out, kt + ((long(batch) * total + t) * hq + head) * D + col0, hq * D, 1, rows, D - col0, at);
+      pass_write(s, ks, LD, right, cum, 1.0f, at);  // S = b_W S + K^T (b_W / b) K
+      if (summed && !STAGED) {
+        tile_read(right, v + v_base + t * v_strides[1] + col0 * v_strides[3], int(v_strides[1]), int(v_strides[3]),
+                  rows, DV - col0, at);
+      }
+      sync_threadgroup();
+      if (summed) {
+        if (STAGED) tile_take(right, v_room + turn.now * (W * LDV) + col0, LDV, 8 * KV - col0, at);
+        pass_write<2>(f, kts, LDK, right, cum, 1.0f, at);  // F = b_W^2 F + K~^T (b_W / b)^2 V
+        whole += cum.sums[W - 1];
+      }
     }
-    sync_threadgroup();
-    if (summed) pass_write<2>(f, kts, LDK, right, cum, 1.0f, at);  // F = b_W^2 F + K~^T (b_W / b)^2 V
+    if (AHEAD) stage_decay(cums[turn.next], decay, 1.0f, launch);
   }
   if (!summed && head % (hq / hkv) == 0) {
     tile_write<float>(s, s_last + (long(batch) * hkv + kv) * (D * D) + col0, D, 1, D, D - col0, at);

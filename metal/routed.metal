@@ -54,9 +54,10 @@ FUNC void walk_values(
 }
 
 //# before each body
-  constexpr int K = (D + 7) / 8, R = W / 8, LD = 8 * K + 16 / sizeof(T), PAD = 16 / sizeof(Score);
-  constexpr int LDK = 8 * K + PAD, LDP = W + PAD, POWER = THIRD ? 3 : 1;
-  SHARED T qs[W * LD], ks[W * LD];
+  constexpr int K = (D + 7) / 8, R = W / 8, LD = 8 * K + 16 / sizeof(T), PAD = 16 / sizeof(Score), KV = (DV + 7) / 8;
+  constexpr int LDK = 8 * K + PAD, LDP = W + PAD, LDV = 8 * KV + 16 / sizeof(T), POWER = THIRD ? 3 : 1;
+  constexpr bool AHEAD = 2 * W * LD * sizeof(T) <= AHEAD_BYTES, STAGED = W * (2 * LD + LDV) * sizeof(T) <= AHEAD_BYTES;
+  SHARED T q_room[(AHEAD ? 2 : 1) * W * LD], k_room[(AHEAD ? 2 : 1) * W * LD], v_room[STAGED ? 2 * W * LDV : 1];
   SHARED Score kts[THIRD ? W * LDK : 1], ps[W * LDP];
   SHARED Decays<W> cums[2];
 
@@ -65,7 +66,7 @@ FUNC void walk_values(
   const bool first_of_group = head % (hq / hkv) == 0;
   const float scale = floats[0];
   const long q_base = batch * q_strides[0] + head * q_strides[2], k_base = batch * k_strides[0] + kv * k_strides[2];
-  const long v_base = batch * v_strides[0] + kv * v_strides[2] + col0 * v_strides[3];
+  const long v_base = batch * v_strides[0] + kv * v_strides[2];
   const long g_base = batch * g_strides[0] + (head * g_shape[2] / hq) * g_strides[2];
 
   State<K, NC> s, p, f;
@@ -88,32 +89,43 @@ FUNC void walk_values(
             int(f_first_strides[2]), int(f_first_strides[3]), D, DV - col0, at);
   tile_read(p, p_first + batch * p_first_strides[0] + kv * p_first_strides[1] + col0 * p_first_strides[3],
             int(p_first_strides[2]), int(p_first_strides[3]), D, DV - col0, at);
-  for (int u = 0; u < total; u += W) {
-    const int rows = min(W, total - u);
-    IN_SHARED Decays<W>& cum = cums[u / W % 2];  // the next chunk's sums wait for nobody
-    stage<W, 8 * K>(qs, LD, q + q_base + u * q_strides[1], int(q_strides[1]), int(q_strides[3]), rows, D, launch);
-    stage<W, 8 * K>(ks, LD, k + k_base + u * k_strides[1], int(k_strides[1]), int(k_strides[3]), rows, D, launch);
-    stage_decay<W>(cum, g + g_base + u * g_strides[1], g_strides[1], rows, 1.0f, launch);
-    sync_threadgroup();
-    Tile<R, NC> right, r;
-    walk_first<THIRD, W, LD, LDK, LDP>(s, r, right, qs, ks, kts, ps, cum, scale, col0, launch, at);
-    if (THIRD) pass_write(s, ks, LD, right, cum, 1.0f, at);  // S = b_W S + K^T (b_W / b) K
-    tile_read(right, v + v_base + u * v_strides[1], int(v_strides[1]), int(v_strides[3]), rows, DV - col0, at);
-    walk_values<LD, LDP>(p, r, right, qs, ks, ps, cum, scale, at);
-    pass_read<POWER>(right, f, qs, LD, cum, 1.0f, scale, at);  // O = scale b^p Q F
-    if (THIRD) {
-      sync_threadgroup();
-      scores<K>(ps, LDP, qs, LD, kts, LDK, cum, POWER, scale, launch, at);
-      sync_threadgroup();
+  const Walk walk = block_walk(0, total, total);
+  for (int u = AHEAD ? -W : 0; u < total; u += W) {
+    const Turn turn = turn_of<AHEAD, W>(u);
+    const float decay = stage_chunk<W, D, DV, AHEAD, STAGED>(
+        q_room, k_room, v_room, cums, q + q_base, q_strides, k + k_base, k_strides, v + v_base, v_strides, g + g_base,
+        g_strides, walk, turn, launch);
+    IN_SHARED T* qs = q_room + turn.now * (W * LD);
+    IN_SHARED T* ks = k_room + turn.now * (W * LD);
+    IN_SHARED Decays<W>& cum = cums[AHEAD ? turn.now : u / W % 2];
+    if (u >= 0) {
+      const int rows = min(W, total - u);
+      Tile<R, NC> right, r;
+      walk_first<THIRD, W, LD, LDK, LDP>(s, r, right, qs, ks, kts, ps, cum, scale, col0, launch, at);
+      if (THIRD) pass_write(s, ks, LD, right, cum, 1.0f, at);  // S = b_W S + K^T (b_W / b) K
+      if (STAGED) {
+        tile_take(right, v_room + turn.now * (W * LDV) + col0, LDV, 8 * KV - col0, at);
+      } else {
+        tile_read(right, v + v_base + u * v_strides[1] + col0 * v_strides[3], int(v_strides[1]), int(v_strides[3]),
+                  rows, DV - col0, at);
+      }
+      walk_values<LD, LDP>(p, r, right, qs, ks, ps, cum, scale, at);
+      pass_read<POWER>(right, f, qs, LD, cum, 1.0f, scale, at);  // O = scale b^p Q F
+      if (THIRD) {
+        sync_threadgroup();
+        scores<K>(ps, LDP, qs, LD, kts, LDK, cum, POWER, scale, launch, at);
+        sync_threadgroup();
+      }
+      tile_mma<R, R, NC, false, true>(right, ps, LDP, r, at);  // O += P1 R, or P3 R
+      tile_write<T>(right, o + ((long(batch) * total + u) * hq + head) * DV + col0, hq * DV, 1, rows, DV - col0, at);
+      if (THIRD) {
+        pass_write<POWER>(f, kts, LDK, r, cum, 1.0f, at);  // F = b_W^3 F + K~^T (b_W / b)^3 R
+      } else {
+        pass_write<POWER>(f, ks, LD, r, cum, 1.0f, at);  // F = b_W F + K^T (b_W / b) R
+        if (!AHEAD) sync_threadgroup();
+      }
     }
-    tile_mma<R, R, NC, false, true>(right, ps, LDP, r, at);  // O += P1 R, or P3 R
-    tile_write<T>(right, o + ((long(batch) * total + u) * hq + head) * DV + col0, hq * DV, 1, rows, DV - col0, at);
-    if (THIRD) {
-      pass_write<POWER>(f, kts, LDK, r, cum, 1.0f, at);  // F = b_W^3 F + K~^T (b_W / b)^3 R
-    } else {
-      pass_write<POWER>(f, ks, LD, r, cum, 1.0f, at);  // F = b_W F + K^T (b_W / b) R
-      sync_threadgroup();
-    }
+    if (AHEAD) stage_decay(cums[turn.next], decay, 1.0f, launch);
   }
   if (first_of_group) {
     if (THIRD) tile_write<float>(s, s_last + (long(batch) * hkv + kv) * (D * D) + col0, D, 1, D, D - col0, at);
@@ -148,33 +160,43 @@ FUNC void walk_values(
                 col0 * p_entry_strides[4],
             int(p_entry_strides[3]), int(p_entry_strides[4]), D, DV - col0, at);
   tile_zero(f);
-  for (int u = 0; u < walk.count; u += W) {
-    const int rows = min(W, walk.count - u), t = walk.first + u;
-    IN_SHARED Decays<W>& cum = cums[u / W % 2];
-    stage<W, 8 * K>(qs, LD, q + q_base + t * q_strides[1], int(q_strides[1]), int(q_strides[3]), rows, D, launch);
-    stage<W, 8 * K>(ks, LD, k + k_base + t * k_strides[1], int(k_strides[1]), int(k_strides[3]), rows, D, launch);
-    stage_decay<W>(cum, g + g_base + t * g_strides[1], g_strides[1], rows, 1.0f, launch);
-    sync_threadgroup();
-    const long token = (long(batch) * total + t) * hq + head;
-    Tile<R, NC> right, out;
-    walk_first<THIRD, W, LD, LDK, LDP>(s, out, right, qs, ks, kts, ps, cum, scale, col0, launch, at);
-    if (THIRD) {
-      tile_write<TK>(out, kt + token * D + col0, hq * D, 1, rows, D - col0, at);
-      pass_write(s, ks, LD, right, cum, 1.0f, at);
-    }
-    tile_read(right, v + v_base + t * v_strides[1], int(v_strides[1]), int(v_strides[3]), rows, DV - col0, at);
-    walk_values<LD, LDP>(p, out, right, qs, ks, ps, cum, scale, at);
-    tile_write<TK>(out, routed + token * DV + col0, hq * DV, 1, rows, DV - col0, at);
-    if (THIRD) sync_threadgroup();
-    if (summed) {
-      whole += cum.sums[W - 1];
+  for (int u = AHEAD ? -W : 0; u < walk.count; u += W) {
+    const Turn turn = turn_of<AHEAD, W>(u);
+    const float decay = stage_chunk<W, D, DV, AHEAD, STAGED>(
+        q_room, k_room, v_room, cums, q + q_base, q_strides, k + k_base, k_strides, v + v_base, v_strides, g + g_base,
+        g_strides, walk, turn, launch);
+    IN_SHARED T* qs = q_room + turn.now * (W * LD);
+    IN_SHARED T* ks = k_room + turn.now * (W * LD);
+    IN_SHARED Decays<W>& cum = cums[AHEAD ? turn.now : u / W % 2];
+    if (u >= 0) {
+      const int rows = min(W, walk.count - u), t = walk.first + u;
+      const long token = (long(batch) * total + t) * hq + head;
+      Tile<R, NC> right, out;
+      walk_first<THIRD, W, LD, LDK, LDP>(s, out, right, qs, ks, kts, ps, cum, scale, col0, launch, at);
       if (THIRD) {
-        pass_write<POWER>(f, kts, LDK, out, cum, 1.0f, at);
-      } else {
-        pass_write<POWER>(f, ks, LD, out, cum, 1.0f, at);
+        tile_write<TK>(out, kt + token * D + col0, hq * D, 1, rows, D - col0, at);
+        pass_write(s, ks, LD, right, cum, 1.0f, at);
       }
+      if (STAGED) {
+        tile_take(right, v_room + turn.now * (W * LDV) + col0, LDV, 8 * KV - col0, at);
+      } else {
+        tile_read(right, v + v_base + t * v_strides[1] + col0 * v_strides[3], int(v_strides[1]), int(v_strides[3]),
+                  rows, DV - col0, at);
+      }
+      walk_values<LD, LDP>(p, out, right, qs, ks, ps, cum, scale, at);
+      tile_write<TK>(out, routed + token * DV + col0, hq * DV, 1, rows, DV - col0, at);
+      if (THIRD) sync_threadgroup();
+      if (summed) {
+        whole += cum.sums[W - 1];
+        if (THIRD) {
+          pass_write<POWER>(f, kts, LDK, out, cum, 1.0f, at);
+        } else {
+          pass_write<POWER>(f, ks, LD, out, cum, 1.0f, at);
+        }
+      }
+      if (!THIRD && !AHEAD) sync_threadgroup();
     }
-    if (!THIRD) sync_threadgroup();
+    if (AHEAD) stage_decay(cums[turn.next], decay, 1.0f, launch);
   }
   if (!summed && first_of_group) {
     if (THIRD) tile_write<float>(s, s_last + (long(batch) * hkv + kv) * (D * D) + col0, D, 1, D, D - col0, at);

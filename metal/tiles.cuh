@@ -14,6 +14,13 @@
 #define HLA_UNROLL _Pragma("unroll")
 #endif
 
+// HLA_THREADS, HLA_BLOCKS: set where a core is to have room for so many threadgroups of so many threads, which bounds
+// a thread's registers. MLX, which writes the kernel's first line, has no other word for it.
+#ifdef HLA_THREADS
+#undef __global__
+#define __global__ __attribute__((global)) __launch_bounds__(HLA_THREADS, HLA_BLOCKS)
+#endif
+
 // HLA_ROUNDED: set where a call's q, k and v are bfloat16, and products round to it.
 #ifdef HLA_ROUNDED
 typedef __nv_bfloat16 Score;
@@ -68,7 +75,7 @@ FUNC void run_write(T* p, Run<T, N> run) { *reinterpret_cast<Run<T, N>*>(p) = ru
 
 FUNC bool at_multiple(const void* p, int bytes) { return (reinterpret_cast<unsigned long long>(p) & (bytes - 1)) == 0; }
 
-// 16 bytes to shared memory, zeros if not `there`; to be read after the next barrier.
+// 16 bytes to shared memory, zeros if not `there`; to be read after the next sync_staged.
 FUNC void copy_sixteen(void* to, const void* from, bool there) {
   const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to)), bytes = there ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
@@ -76,10 +83,14 @@ FUNC void copy_sixteen(void* to, const void* from, bool there) {
 
 FUNC void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-FUNC void sync_threadgroup() {
+FUNC void sync_threadgroup() { __syncthreads(); }
+
+FUNC void sync_staged() {
   await_copies();
   __syncthreads();
 }
+
+CONSTANT int AHEAD_BYTES = 18 * 1024;  // four tiles of 32 rows of 64 halves
 
 // Loads of what follows stay behind: else what two products read alike stays in registers from one to the other. Those
 // of matrices (products.cuh) do so anyway.

@@ -14,6 +14,8 @@
 //     OWN Frag& f         a reference to what a thread has in registers
 //     Pair                two floats, [0] and [1]
 //     Run<T, N>           2 or 4 neighbours in memory, [0] to [N - 1]: one load or store, at a multiple of their size
+//     sync_threadgroup    a barrier; sync_staged: one after which there is what `stage` and copy_sixteen have brought
+//     AHEAD_BYTES         of a chunk's staged tiles, up to which the next chunk's are staged while it is worked on
 //     exp_two, log_two    2^x and its inverse
 //     Score               what a left operand is kept in that a threadgroup makes of numbers that it staged
 //     launch              which thread of which threadgroup this is, in every body; `at` is its lane's Spot
@@ -78,6 +80,10 @@ FUNC void copy_sixteen(threadgroup void* to, const device void* from, bool there
 FUNC void fence_loads() { simdgroup_barrier(mem_flags::mem_none); }
 
 FUNC void sync_threadgroup() { threadgroup_barrier(mem_flags::mem_threadgroup); }
+
+FUNC void sync_staged() { sync_threadgroup(); }
+
+CONSTANT int AHEAD_BYTES = 0;
 
 // A lane holds two neighbours of a fragment: (row, col) and (row, col + 1). MLX's steel kernels rely on
 // the same layout.

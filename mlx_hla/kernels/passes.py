@@ -44,6 +44,7 @@ def block_sums(
         inputs=[y, z, g, ints(cut.length, 1 if back else 0), factors],
         template=[
             ("TY", y.dtype),
+            ("TZ", z.dtype),
             ("DY", DY),
             ("DZ", DZ),
             ("W", staged_width([(DY, y.dtype)])),
@@ -93,6 +94,7 @@ def outputs(x, y, z, g, entry, cut: Blocks, factors, dtype) -> tuple[mx.array, m
         template=[
             ("TX", x.dtype),
             ("TY", y.dtype),
+            ("TZ", z.dtype),
             ("TO", dtype),
             ("DY", DY),
             ("DZ", DZ),
@@ -182,6 +184,8 @@ def back_queries(x, y, z, g, do, entry, plus, cut: Blocks, shape: Back, factors,
         "back_queries",
         inputs=[x, y, z, do, g, entry, x if plus is None else plus, ints(cut.length), factors],
         template=[
+            ("TX", x.dtype),
+            ("TY", y.dtype),
             ("TZ", z.dtype),
             ("TD", do.dtype),
             ("TO", _part_dtype(x, heads)),

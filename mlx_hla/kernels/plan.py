@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -184,6 +186,17 @@ REGISTERS, MAX_THREADS = 96, 384
 def tile_registers(dim: int, stripe: int, states: int, width: int, tiles: int) -> int:
     """Of a thread whose simdgroup holds `states` of dim rows and `tiles` of `width` tokens, a stripe wide."""
     return 2 * stripe * (states * ceil_div(dim, 8) + tiles * width // 8)
+
+
+# On CUDA a core has 65,536 registers, and hides what its threads wait for by having many of them: 512 have
+# 128 each, which is enough for the sequence kernels in bfloat16 up to this width.
+CORE_THREADS, BOUNDED = 512, 64
+
+
+def resident(threads: int, template: Mapping[str, Any]) -> int | None:
+    """Threadgroups of a sequence kernel in bfloat16 that a core is to have room for, if it is told."""
+    widths = [template[name] for name in ("D", "DV", "DY", "DZ") if name in template]
+    return CORE_THREADS // threads if "NC" in template and max(widths) <= BOUNDED else None
 
 
 # Watchdog: macOS stops a launch that holds the GPU for seconds. One walk of a head of 64 x 64 costs about

@@ -39,7 +39,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import gpu
+from . import gpu, plan
 from .gpu import GPU, METAL
 
 HELPERS = "tiles"
@@ -78,6 +78,12 @@ class Source:
     def rounded(self) -> Source:
         """The variant for calls in bfloat16, whose products may round their operands, less than it does."""
         return replace(self, name=f"{self.name}_rounded", header=f"#define HLA_ROUNDED\n{self.header}")
+
+    def bounded(self, threads: int, blocks: int) -> Source:
+        """The variant of which a core is to have room for `blocks` threadgroups of so many threads."""
+        return replace(
+            self, header=f"#define HLA_THREADS {threads}\n#define HLA_BLOCKS {blocks}\n{self.header}"
+        )
 
 
 _KERNEL = re.compile(
@@ -145,7 +151,7 @@ def sources(file: str, device: GPU = METAL) -> dict[str, Source]:
     }
 
 
-_built: dict[tuple[str, str, bool, bool], tuple[object, object]] = {}
+_built: dict[tuple[str, str, bool, bool, tuple[int, int] | None], tuple[object, object]] = {}
 
 
 def launch(
@@ -165,7 +171,10 @@ def launch(
     device = gpu.language()
     rounded = device.rounds and any(a.dtype == mx.bfloat16 for a in inputs)
     make = device.maker()
-    key = (file, name, normalising, rounded)
+    threads = how["threadgroup"][0]
+    blocks = plan.resident(threads, dict(how["template"])) if rounded else None
+    bound = None if blocks is None else (threads, blocks)
+    key = (file, name, normalising, rounded, bound)
     entry = _built.get(key)
     if entry is None or entry[0] is not make:
         source = sources(file, device)[name]
@@ -173,6 +182,8 @@ def launch(
             source = source.normalised()
         if rounded:
             source = source.rounded()
+        if bound:
+            source = source.bounded(*bound)
         built = make(
             name=f"hla_{source.name}",
             input_names=list(source.inputs),

@@ -11,6 +11,8 @@
 #define __device__
 #define __forceinline__ inline
 #define __grid_constant__
+#define __launch_bounds__(...)
+#define global  // an attribute
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ static __attribute__((section("cuda_shared")))
 #define HLA_UNROLL
