@@ -37,41 +37,7 @@
 // columns the two states of back_keys would take 512 threads, more than their registers allow (plan.REGISTERS), so
 // two threadgroups of 256 divide a head's columns.
 // Mirrors passes.gradients.
-//# uses: linear dots
-
-CONSTANT float LOG_TINY = -99.657843f, SMALL = 0.25f, NOTHING = 1.0f / 16777216;
-
-// stage_decay with a decay of 0 as exact zero and, where its gradient is wanted, as 1e-30 too; where SELDOM, past = a
-// bound of b_end^p over any of the decays below SMALL, 2 where none is.
-template <bool DECAY, bool SELDOM, int W>
-FUNC void stage_decays(
-    IN_SHARED Decays<W>& cum, IN_SHARED Pair* least, IN_SHARED float* past, float decay, float power, Launch launch) {
-  stage_decay(cum, decay, power, launch);
-  if (DECAY && launch.simdgroup == 0) {
-    const Pair sum = decay_sum(decay, LOG_TINY);
-    if (launch.lane < W) least[launch.lane] = sum;
-    if (SELDOM) {
-      const float count = lanes_sum(decay < SMALL ? 1.0f : 0.0f);
-      const float most = exp_two(power * lanes_sum(log_two(decay < SMALL ? SMALL : decay))) / SMALL;
-      if (launch.lane == 0) *past = count > 0.0f ? most : 2.0f;
-    }
-  }
-}
-
-// The rest of one gradient's columns of a chunk, out = (b_end / b)^p out + P^T right, where out holds what G at the
-// chunk's end gives; then G at its start: state = b_end^p state + scale U^T b^p right.
-template <int K, int R, int NC, typename PU, typename PR>
-FUNC void step_back(
-    OWN Tile<R, NC>& out, OWN State<K, NC>& state, IN_SHARED const Score* p, int ldp, PU u, int ldu, PR right,
-    int ldr, int cols, IN_SHARED const Decays<8 * R>& cum, float power, float scale, Spot at) {
-  tile_decay_to_end(out, cum, power, at);
-  Tile<R, NC> r;
-  tile_take(r, right, ldr, cols, at);
-  tile_mma<R, R, NC, true, true>(out, p, ldp, r, at);  // out += P^T right
-  tile_decay_from_start(r, cum, power, scale, at);
-  tile_scale(state, chunk_decay(cum, power));
-  tile_mma<K, R, NC, true, false>(state, u, ldu, r, at);
-}
+//# uses: adjoint
 
 //# before each body
   const int block = launch.group.y, bh = launch.group.z;
@@ -97,22 +63,24 @@ FUNC void step_back(
 // strides, where PLUS. DECAY: a [B, T, Ho] float32; kept [B, Hs, M, DZ, DY] float32: S^T every KEEP tokens of
 // each block from its first on, and after the last token, by the first of the heads that share it. Without DECAY
 // both have one element, zero.
-// TX, TY, TZ, TD, TO dtypes, DY, DZ widths, W chunk, KEEP a multiple of it, NC stripe; DECAY, PLUS; SAME: z is y.
+// TX, TY, TZ, TD, TP, TO dtypes, DY, DZ widths, W chunk, KEEP a multiple of it, NC stripe; DECAY, PLUS; SAME.
 // Threads: 32 per stripe of 8 NC columns of y.
 // Threadgroup bytes: W (DZ' + pad) (sizeof(TD) + sizeof(TZ)) + 4 W (W + 4) + 4 W stripes + 16 W.
 //# body
   constexpr int K = (DZ + 7) / 8, R = W / 8, LDD = 8 * K + 16 / sizeof(TD), LDZ = 8 * K + 16 / sizeof(TZ);
   constexpr int LDP = W + 16 / sizeof(Score), NS = (DY + 8 * NC - 1) / (8 * NC), KY = (DY + 7) / 8;
-  constexpr int LDX = 8 * KY + 16 / sizeof(TX), LDY = 8 * KY + 16 / sizeof(TY);
+  constexpr int LDX = 8 * KY + 16 / sizeof(TX), LDY = 8 * KY + 16 / sizeof(TY), LDO = 8 * KY + 16 / sizeof(TP);
   constexpr int DZ_BYTES = W * (LDD * sizeof(TD) + LDZ * sizeof(TZ));
   constexpr int XY_BYTES = W * ((DECAY ? LDX * sizeof(TX) : 0) + (SAME ? 0 : LDY * sizeof(TY)));
   constexpr bool SELDOM = DECAY && KEEP > W, AHEAD = DZ_BYTES <= AHEAD_BYTES;
   constexpr bool STAGED = DZ_BYTES + XY_BYTES <= AHEAD_BYTES;
+  constexpr bool ADDED = PLUS && DZ_BYTES + XY_BYTES + W * LDO * sizeof(TP) <= AHEAD_BYTES;  // `plus` staged, too
   constexpr int ROOMS = AHEAD ? 2 : 1;
   SHARED TD d_room[ROOMS * W * LDD];
   SHARED TZ z_room[ROOMS * W * LDZ];
   SHARED TX x_room[STAGED && DECAY ? 2 * W * LDX : 1];
   SHARED TY y_room[STAGED && !SAME ? 2 * W * LDY : 1];
+  SHARED TP plus_room[ADDED ? 2 * W * LDO : 1];
   SHARED Score ps[W * LDP];
   SHARED float reads[NS * W];
   SHARED Decays<W> cums[ROOMS];
@@ -121,6 +89,7 @@ FUNC void step_back(
   const int hs = entry_shape[1], shead = head * hs / ho, col0 = 8 * NC * launch.simdgroup;
   const bool keeps = DECAY && head % (ho / hs) == 0;
   const long slot = (long(batch) * hs + shead) * of_head + kept_first;
+  const long plus_base = batch * plus_strides[0] + head * plus_strides[2];
   State<K, NC> state;  // S^T
   tile_read(state,
             entry + batch * entry_strides[0] + shead * entry_strides[1] + block * entry_strides[2] +
@@ -136,6 +105,7 @@ FUNC void step_back(
       stage<W, 8 * K>(z_room + room * LDZ, LDZ, z + z_base, z_strides, t, rows, DZ, launch);
       if (STAGED && DECAY) stage<W, 8 * KY>(x_room + room * LDX, LDX, x + x_base, x_strides, t, rows, DY, launch);
       if (STAGED && !SAME) stage<W, 8 * KY>(y_room + room * LDY, LDY, y + y_base, y_strides, t, rows, DY, launch);
+      if (ADDED) stage<W, 8 * KY>(plus_room + room * LDO, LDO, plus + plus_base, plus_strides, t, rows, DY, launch);
       decay = lane_decay(g + g_base + t * g_strides[1], g_strides[1], rows, launch);
     }
     if (!AHEAD) {
@@ -174,16 +144,16 @@ FUNC void step_back(
         tile_read(ys, y + y_base + t * y_strides[1] + col0 * y_strides[3], int(y_strides[1]), int(y_strides[3]), rows,
                   DY - col0, at);
       }
-      Tile<R, NC> more;
-      if (PLUS) {
-        tile_read(more,
-                  plus + batch * plus_strides[0] + t * plus_strides[1] + head * plus_strides[2] +
-                      col0 * plus_strides[3],
-                  int(plus_strides[1]), int(plus_strides[3]), rows, DY - col0, at);
-      }
       sync_threadgroup();
       tile_mma<R, R, NC, false, true>(out, ps, LDP, ys, at);  // dX += (D^p scale d z^T) Y
-      if (PLUS) tile_sum(out, more);
+      if (ADDED) {
+        tile_add(out, plus_room + room * LDO + col0, LDO, 8 * KY - col0, 1.0f, at);
+      } else if (PLUS) {
+        Tile<R, NC> more;
+        tile_read(more, plus + plus_base + t * plus_strides[1] + col0 * plus_strides[3], int(plus_strides[1]),
+                  int(plus_strides[3]), rows, DY - col0, at);
+        tile_sum(out, more);
+      }
       tile_write<TO>(out, dx + ((long(batch) * total + t) * ho + head) * DY + col0, ho * DY, 1, rows, DY - col0, at);
       pass_write(state, zs, LDZ, ys, cum, power, at);  // S^T = b_W S^T + Z^T (b_W / b) Y
       if (DECAY && launch.index < rows) {
@@ -231,7 +201,8 @@ FUNC void step_back(
   constexpr int LDX = 8 * K + 16 / sizeof(TX), LDY = 8 * K + 16 / sizeof(TY);
   constexpr int LDD = 8 * K + 16 / sizeof(TD), LDZ = 8 * K + 16 / sizeof(TZ), LDS = 8 * K + 4;
   constexpr int XD_BYTES = W * (LDX * sizeof(TX) + LDD * sizeof(TD)), Y_BYTES = W * LDY * sizeof(TY);
-  constexpr bool AHEAD = XD_BYTES + Y_BYTES + (SAME ? 0 : W * LDZ * int(sizeof(TZ))) <= AHEAD_BYTES;
+  constexpr int YZ_BYTES = Y_BYTES + (SAME ? 0 : W * LDZ * int(sizeof(TZ))), MORE = W * LDP * (2 * sizeof(Score) - 4);
+  constexpr bool AHEAD = XD_BYTES + YZ_BYTES + MORE <= AHEAD_BYTES;  // MORE: what scores have beyond those of halves
   constexpr int ROOMS = AHEAD ? 2 : 1;
   SHARED float xd_room[ROOMS * XD_BYTES / 4];
   SHARED TY y_room[ROOMS * W * LDY];
@@ -330,19 +301,12 @@ FUNC void step_back(
       }
       two_scores<K, DECAY>(
           ps, ms, LDP, xs, LDX, ys, LDY, ds, LDD, zs, LDZ, cum, least, parts, power, scale, own, launch, at);
-      tile_zero(out);
-      if (of_y) {
-        tile_mma<R, K, NC, false, false>(out, zs, LDZ, state, at);  // dY = (b_W / b) Z G^T
-      } else {
-        tile_mma<R, K, NC, false, false, SELDOM>(out, ys, LDY, state, at);  // dZ = (b_W / b) Y G
-        if (DECAY) tile_dot_rows(writes + stripe * W, out, zs + col0, LDZ, 1, true, W, 8 * K - col0, at);
-      }
+      // dY = (b_W / b) Z G^T, or dZ = (b_W / b) Y G
+      read_back_either<SELDOM>(of_y, out, state, ys, LDY, zs, LDZ, at);
+      if (DECAY && !of_y) tile_dot_rows(writes + stripe * W, out, zs + col0, LDZ, 1, true, W, 8 * K - col0, at);
       sync_threadgroup();
-      if (of_y) {  // dY += ms^T X;  G^T = b_W G^T + scale D^T b X
-        step_back(out, state, ms, LDP, ds, LDD, xs + col0, LDX, 8 * K - col0, cum, power, scale, at);
-      } else {  // dZ += ps^T D;  G = b_W G + scale X^T b D
-        step_back(out, state, ps, LDP, xs, LDX, ds + col0, LDD, 8 * K - col0, cum, power, scale, at);
-      }
+      // dY += ms^T X and G^T = b_W G^T + scale D^T b X, or dZ += ps^T D and G = b_W G + scale X^T b D
+      step_back_either(of_y, out, state, ps, ms, LDP, xs, LDX, ds, LDD, col0, cum, power, scale, at);
       const long token = (long(batch) * total + t) * ho + head;
       if (!SAME) {
         if (of_y) {

@@ -83,6 +83,32 @@ FUNC void scores(
   }
 }
 
+// ---- Rows to threadgroup memory ------------------------------------------------------------------
+
+// How many threads there are is known where it pays, and the loop then unrolls.
+template <int W, int WIDTH, typename T, typename P, typename S>
+FUNC void stage(T* dst, int ld, P src, S strides, int t, int rows, int cols, Launch launch) {
+  constexpr int N = 16 / sizeof(T), PARTS = WIDTH / N;
+  const int row_step = int(strides[1]), col_step = int(strides[3]);
+  const P first = below(src, t, row_step);
+  if (cols == WIDTH && in_runs<N>(src, row_step, col_step, cols)) {
+    HLA_UNROLL
+    for (int n = 0; n < W * PARTS; n += launch.threads) {
+      const int i = n + launch.index, row = i / PARTS, c = i % PARTS * N;
+      if (W * PARTS % launch.threads == 0 || i < W * PARTS) {
+        copy_sixteen(dst + row * ld + c, first + (row < rows ? row * row_step : 0) + c, row < rows);
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int i = hidden(launch.index); i < W * WIDTH; i += launch.threads) {
+      const int row = i / WIDTH, c = i % WIDTH;
+      const bool there = row < rows && c < cols;
+      dst[row * ld + c] = there ? first[row * row_step + c * col_step] : static_cast<T>(0.0f);
+    }
+  }
+}
+
 // ---- Symmetric states ----------------------------------------------------------------------------
 
 // What tile_mma_upper takes, from shared memory.

@@ -147,6 +147,8 @@ FUNC void stage_decay(IN_SHARED Decays<W>& cum, float decay, float power, Launch
   if (launch.simdgroup == 0) decays_put(cum, decay, power, launch.lane);
 }
 
+// ---- Rows to threadgroup memory ------------------------------------------------------------------
+
 // The n-th place of a grid of COLS columns, row by row, and the place that lies `by` after another: a thread that
 // goes through a grid so divides twice, not for every place.
 template <int COLS>

@@ -19,11 +19,21 @@ FUNC float tile_row_dot(
 // This lane's part of the sum over all rows.
 template <int R, int C, typename P>
 FUNC float tile_dot(const Tile<R, C>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
-  const bool runs = in_runs<C>(p, row_step, col_step, cols);
   float sum = 0.0f;
-  HLA_UNROLL
-  for (int i = 0; i < 2 * R; i++) {
-    sum += tile_row_dot(t, i / 2, i % 2, p, row_step, col_step, runs, rows, cols, at);
+  if (whole_runs<R, C>(p, row_step, col_step, rows, cols)) {
+    p += at.col * row_step + C * at.row;
+    HLA_UNROLL
+    for (int i = 0; i < 2 * R; i++) {
+      const auto other = Floats<C>::read(below(p, i / 2 * 8 + i % 2, row_step));
+      HLA_UNROLL
+      for (int c = 0; c < C; c++) sum += t.of[i / 2][c][i % 2] * other.of[c];
+    }
+  } else {
+    const Spot here = {hidden(at.row), hidden(at.col)};
+    HLA_UNROLL
+    for (int i = 0; i < 2 * R; i++) {
+      sum += tile_row_dot(t, i / 2, i % 2, p, row_step, col_step, false, rows, cols, here);
+    }
   }
   return sum;
 }

@@ -148,7 +148,8 @@ FUNC void walk_keys(
                 col0 * entry_strides[4],
             int(entry_strides[3]), int(entry_strides[4]), D, D - col0, at);
   tile_zero(f);
-  Pair whole = Pair(0.0f, 0.0f);
+  SHARED Pair whole[1];  // of the first thread
+  if (launch.index == 0) whole[0] = Pair(0.0f, 0.0f);
   for (int u = AHEAD ? -W : 0; u < walk.count; u += W) {
     const Turn turn = turn_of<AHEAD, W>(u);
     const float decay = stage_chunk<W, D, DV, AHEAD, STAGED>(
@@ -171,7 +172,7 @@ FUNC void walk_keys(
       if (summed) {
         if (STAGED) tile_take(right, v_room + turn.now * (W * LDV) + col0, LDV, 8 * KV - col0, at);
         pass_write<2>(f, kts, LDK, right, cum, 1.0f, at);  // F = b_W^2 F + K~^T (b_W / b)^2 V
-        whole += cum.sums[W - 1];
+        if (launch.index == 0) whole[0] = whole[0] + cum.sums[W - 1];
       }
     }
     if (AHEAD) stage_decay(cums[turn.next], decay, 1.0f, launch);
@@ -182,5 +183,5 @@ FUNC void walk_keys(
   if (summed) {
     const long slot = long(bh) * (blocks - 1) + block;
     tile_write<float>(f, sums + slot * (D * DV) + col0, DV, 1, D, DV - col0, at);
-    if (launch.index < 2) logs[2 * slot + launch.index] = launch.index == 0 ? whole[0] : whole[1];
+    if (launch.index == 0) write_log(logs + 2 * slot, whole[0]);
   }

@@ -32,6 +32,12 @@ FUNC Walk block_walk(int block, int length, int total) {
   return walk;
 }
 
+template <typename P>
+FUNC void write_log(P log, Pair parts) {
+  log[0] = parts[0];
+  log[1] = parts[1];
+}
+
 // What a pass reads of its state: out = scale b^N X S, b to the `power`. Fences: see the GPU's own words.
 template <int N = 1, int R, int K, int NC, typename PX>
 FUNC void pass_read(
@@ -155,7 +161,7 @@ FUNC void add_symmetric(
     if (!SQUARES) squares[0] = 0.0f;
     if (!VALUES) sums[0] = 0.0f;
   }
-  if (launch.index < 2) logs[2 * slot + launch.index] = launch.index == 0 ? whole[0] : whole[1];
+  if (launch.index == 0) write_log(logs + 2 * slot, whole);
 
 //# kernel linear_scan
 //# inputs: sums logs first floats

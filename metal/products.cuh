@@ -226,6 +226,7 @@ FUNC void rows_mma(Tile<R, C>& c, int r, P a, int ld, const Places<B> (&b)[2], b
   constexpr bool A = in_two<P>();
   constexpr int PARTS = 1 + A + B;
   Places<A> rows[2];
+  fence_loads();
   places_read<ROWS, TURNED>(rows, a, ld, half, at);
   HLA_UNROLL
   for (int part = 0; part < PARTS; part++) {
@@ -291,6 +292,7 @@ FUNC void block_mma(float (&c)[N][2][2], PX x, int ldx, PY y, int ldy, Spot at) 
   HLA_UNROLL
   for (int k = 0; k < K; k += STEP) {
     const bool half = k + STEP > K;
+    fence_loads();
     Places<A> left[2];
     Places<B> right[2];
     if (ROWS == 1) {

@@ -148,7 +148,8 @@ FUNC void walk_values(
   const int block = launch.group.y, blocks = launch.groups.y;
   const Walk walk = block_walk(block, ints[0], total);
   const bool summed = block < blocks - 1;
-  Pair whole = Pair(0.0f, 0.0f);
+  SHARED Pair whole[1];  // of the first thread
+  if (launch.index == 0) whole[0] = Pair(0.0f, 0.0f);
   if (THIRD) {
     tile_read(s,
               s_entry + batch * s_entry_strides[0] + kv * s_entry_strides[1] + block * s_entry_strides[2] +
@@ -187,7 +188,7 @@ FUNC void walk_values(
       tile_write<TK>(out, routed + token * DV + col0, hq * DV, 1, rows, DV - col0, at);
       if (THIRD) sync_threadgroup();
       if (summed) {
-        whole += cum.sums[W - 1];
+        if (launch.index == 0) whole[0] = whole[0] + cum.sums[W - 1];
         if (THIRD) {
           pass_write<POWER>(f, kts, LDK, out, cum, 1.0f, at);
         } else {
@@ -205,7 +206,7 @@ FUNC void walk_values(
   if (summed) {
     const long slot = long(bh) * (blocks - 1) + block;
     tile_write<float>(f, sums + slot * (D * DV) + col0, DV, 1, D, DV - col0, at);
-    if (launch.index < 2) logs[2 * slot + launch.index] = launch.index == 0 ? whole[0] : whole[1];
+    if (launch.index == 0) write_log(logs + 2 * slot, whole[0]);
   }
   if (!THIRD && block == 0 && bh == 0 && launch.index == 0) {
     kt[0] = static_cast<TK>(0.0f);

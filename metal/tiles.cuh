@@ -19,6 +19,8 @@
 #ifdef HLA_THREADS
 #undef __global__
 #define __global__ __attribute__((global)) __launch_bounds__(HLA_THREADS, HLA_BLOCKS)
+#else
+#define HLA_THREADS blockDim.x
 #endif
 
 // HLA_ROUNDED: set where a call's q, k and v are bfloat16, and products round to it.
@@ -54,7 +56,7 @@ struct Launch {
 
 //# before each body
   const Launch launch = {
-      int(threadIdx.x), int(blockDim.x), warp_of(threadIdx.x), int(threadIdx.x) % 32,
+      int(threadIdx.x), int(HLA_THREADS), warp_of(threadIdx.x), int(threadIdx.x) % 32,
       {int(blockIdx.z), int(blockIdx.y), int(blockIdx.x)}, {int(gridDim.z), int(gridDim.y), int(gridDim.x)}};
   const Spot at = lane_spot(launch.lane);
 //# end
@@ -74,6 +76,16 @@ template <typename T, int N>
 FUNC void run_write(T* p, Run<T, N> run) { *reinterpret_cast<Run<T, N>*>(p) = run; }
 
 FUNC bool at_multiple(const void* p, int bytes) { return (reinterpret_cast<unsigned long long>(p) & (bytes - 1)) == 0; }
+
+// x, of which the compiler knows nothing: so that what seldom runs takes no registers of a loop around it.
+FUNC int hidden(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// What lies `rows` rows below p.
+template <typename T>
+FUNC T* below(T* p, int rows, int row_step) { return p + static_cast<long>(row_step) * rows; }
 
 // 16 bytes to shared memory, zeros if not `there`; to be read after the next sync_staged.
 FUNC void copy_sixteen(void* to, const void* from, bool there) {
@@ -197,10 +209,6 @@ FUNC void part_set(Tile<R, C>& t, int r, int e, Floats<C> part) {
   for (int c = 0; c < C; c++) t.of[r][c][e] = part.of[c];
 }
 
-// The element `rows` rows below p: for a `rows` that is known one instruction.
-template <typename T>
-FUNC T* below(T* p, int rows, int row_step) { return p + static_cast<long>(row_step) * rows; }
-
 // Whether a block at p is whole and its rows consist of runs.
 template <int R, int C, typename P>
 FUNC bool whole_runs(P p, int row_step, int col_step, int rows, int cols) {
@@ -211,16 +219,17 @@ FUNC bool whole_runs(P p, int row_step, int col_step, int rows, int cols) {
 template <int R, int C, typename P>
 FUNC void tile_read(Tile<R, C>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
   const bool whole = whole_runs<R, C>(p, row_step, col_step, rows, cols);
-  const int col = C * at.row;
-  p = below(p, at.col, row_step) + col * col_step;
   if (whole) {
+    p = below(p, at.col, row_step) + C * at.row;
     HLA_UNROLL
     for (int i = 0; i < 2 * R; i++) part_set(t, i / 2, i % 2, Floats<C>::read(below(p, i / 2 * 8 + i % 2, row_step)));
   } else {
+    const int first = at.col, col = C * at.row;
+    p = below(p, first, row_step) + col * col_step;
     HLA_UNROLL
     for (int i = 0; i < 2 * R; i++) {
       const int row = i / 2 * 8 + i % 2;
-      const int count = row + at.col < rows ? cols - col : 0;
+      const int count = row + first < rows ? cols - col : 0;
       part_set(t, i / 2, i % 2, floats_read<C>(below(p, row, row_step), col_step, count, false));
     }
   }
@@ -230,18 +239,19 @@ FUNC void tile_read(Tile<R, C>& t, P p, int row_step, int col_step, int rows, in
 template <typename T, int R, int C, typename P>
 FUNC void tile_write(const Tile<R, C>& t, P p, int row_step, int col_step, int rows, int cols, Spot at) {
   const bool whole = whole_runs<R, C>(p, row_step, col_step, rows, cols);
-  const int col = C * at.row;
-  p = below(p, at.col, row_step) + col * col_step;
   if (whole) {
+    p = below(p, at.col, row_step) + C * at.row;
     HLA_UNROLL
     for (int i = 0; i < 2 * R; i++) {
       Floats<C>::template write<T>(below(p, i / 2 * 8 + i % 2, row_step), part_get(t, i / 2, i % 2));
     }
   } else {
+    const int first = at.col, col = C * at.row;
+    p = below(p, first, row_step) + col * col_step;
     HLA_UNROLL
     for (int i = 0; i < 2 * R; i++) {
       const int row = i / 2 * 8 + i % 2;
-      const int count = row + at.col < rows ? cols - col : 0;
+      const int count = row + first < rows ? cols - col : 0;
       floats_write<T>(below(p, row, row_step), col_step, count, false, part_get(t, i / 2, i % 2));
     }
   }

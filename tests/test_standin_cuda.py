@@ -28,8 +28,8 @@ FAULTS = {  # (what stands there, what is planted, of the error)
     "a mask of some lanes": ("__shfl_up_sync(0xffffffffu,", "__shfl_up_sync(0xffffu,", "name all lanes"),
     "copies that nobody awaits": (*NO_AWAIT, "before its copies came"),
     "a copy of odd bytes": (
-        "copy_sixteen(dst + i.row * ld + c,",
-        "copy_sixteen(dst + i.row * ld + c + 1,",
+        "copy_sixteen(dst + row * ld + c,",
+        "copy_sixteen(dst + row * ld + c + 1,",
         "aligned",
     ),
     "a result that is not written": (

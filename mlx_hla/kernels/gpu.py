@@ -16,7 +16,8 @@ class GPU:
     """name: what `backend` calls it; title: what people do. chip: what it is, in words.
 
     maker_name: the function of `mx.fast` that builds a kernel. suffix: of the files in metal/ whose sections
-    take the place of those of *.metal. rounds: calls in bfloat16 have a variant of their own.
+    take the place of those of *.metal. rounds: calls in bfloat16 have a variant of their own. bounds: its
+    compiler is told how many threads a threadgroup has, and how many of these a core is to have room for.
     heads_first: the heads are the grid's x axis, not its z. unasked: `backend=None` takes its kernels.
     core_bytes: threadgroup memory of a core. per_core: threadgroups that keep one busy; fill: those that keep
     a GPU busy whose cores are unknown.
@@ -31,6 +32,7 @@ class GPU:
     fill: int
     suffix: str = ".metal"
     rounds: bool = False
+    bounds: bool = False
     heads_first: bool = False
     unasked: bool = True
 
@@ -61,6 +63,7 @@ CUDA = GPU(
     fill=512,
     suffix=".cuh",
     rounds=True,
+    bounds=True,
     heads_first=True,
     unasked=False,
 )

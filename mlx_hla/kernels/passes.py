@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .plan import SCANNED, STRIPE, TINY, Back, Blocks, back_shape, blocks, ceil_div, staged_width
+from .plan import SCANNED, STRIPE, TINY, Back, Blocks, back_shape, blocks, ceil_div, staged_width, sums_stripe
 from .source import launch
 
 
@@ -36,7 +36,7 @@ def block_sums(
     values, squares = z is not None, squares or z is None
     z = y if z is None else z
     B, DY, DZ, S = y.shape[0], y.shape[3], z.shape[3], max(y.shape[2], z.shape[2])
-    stripe = 1 if values and squares else STRIPE
+    stripe = sums_stripe(values, squares)
     N, threads = cut.count - 1, 32 * stripes(max(DZ, DY if squares else 0), stripe)
     return launch(
         "linear",
@@ -178,16 +178,18 @@ def back_queries(x, y, z, g, do, entry, plus, cut: Blocks, shape: Back, factors,
     """(dx + plus `[B, T, O, DY]`, a and some states S for `back_keys`)."""
     same, z = z is None, y if z is None else z
     (B, T, heads, DZ), DY, S = do.shape, y.shape[3], entry.shape[1]
-    threads = 32 * stripes(DY)
+    threads, added = 32 * stripes(DY), plus is not None
+    plus = x if plus is None else plus
     return launch(
         "backward",
         "back_queries",
-        inputs=[x, y, z, do, g, entry, x if plus is None else plus, ints(cut.length), factors],
+        inputs=[x, y, z, do, g, entry, plus, ints(cut.length), factors],
         template=[
             ("TX", x.dtype),
             ("TY", y.dtype),
             ("TZ", z.dtype),
             ("TD", do.dtype),
+            ("TP", plus.dtype),
             ("TO", _part_dtype(x, heads)),
             ("DY", DY),
             ("DZ", DZ),
@@ -195,7 +197,7 @@ def back_queries(x, y, z, g, do, entry, plus, cut: Blocks, shape: Back, factors,
             ("KEEP", shape.keep),
             ("NC", STRIPE),
             ("DECAY", decay),
-            ("PLUS", plus is not None),
+            ("PLUS", added),
             ("SAME", same),
         ],
         output_shapes=[

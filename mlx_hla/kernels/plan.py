@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,14 +70,22 @@ def blocks(T: int, heads: int, length: int | None = None) -> Blocks:
 # Stripe (in fragments of 8 columns) of the kernels that keep two states in registers, or three (HLA3), by the
 # larger width: two states of 64 x 16 floats are 64 registers of a thread, of 96 x 8 they are 48. At 128 they
 # and 512 threads overrun the register file, so wider heads run pass by pass. So do three of 96: on CUDA a
-# thread would take up to 194 registers, of 168.
-TWO_STATES = ((64, 2), (96, 1))
+# thread would take up to 194 registers, of 168. There a stripe of one fragment leaves half of an instruction
+# empty, and half as many threads may have 255 registers each.
+TWO_STATES, CUDA_TWO_STATES = ((64, 2), (96, 1)), ((96, 2),)
 FUSED = {"hla2": TWO_STATES, "ahla": TWO_STATES, "hla3": ((80, 1),)}
+CUDA_FUSED = {"hla2": CUDA_TWO_STATES, "ahla": CUDA_TWO_STATES, "hla3": ((80, 1),)}
 
 
 def fused(family: str | None, width: int) -> int | None:
     """The stripe of the kernels that run the family's passes in one walk, None where there are none."""
-    return next((stripe for limit, stripe in FUSED.get(family or "", ()) if width <= limit), None)
+    table = CUDA_FUSED if _on_cuda() else FUSED
+    return next((stripe for limit, stripe in table.get(family or "", ()) if width <= limit), None)
+
+
+def sums_stripe(values: bool, squares: bool) -> int:
+    """The stripe of the kernel that adds up what blocks add to a state, to a symmetric one, or to both."""
+    return 1 if values and squares and not _on_cuda() else STRIPE
 
 
 RESIDENT = 3  # threadgroups with two states that a core is to have room for: one computes while others wait
@@ -189,14 +197,17 @@ def tile_registers(dim: int, stripe: int, states: int, width: int, tiles: int) -
 
 
 # On CUDA a core has 65,536 registers, and hides what its threads wait for by having many of them: 512 have
-# 128 each, which is enough for the sequence kernels in bfloat16 up to this width.
+# 128 each, which is enough for the sequence kernels in bfloat16 up to this width. Elsewhere one threadgroup
+# is to fit.
 CORE_THREADS, BOUNDED = 512, 64
 
 
-def resident(threads: int, template: Mapping[str, Any]) -> int | None:
-    """Threadgroups of a sequence kernel in bfloat16 that a core is to have room for, if it is told."""
-    widths = [template[name] for name in ("D", "DV", "DY", "DZ") if name in template]
-    return CORE_THREADS // threads if "NC" in template and max(widths) <= BOUNDED else None
+def resident(threads: int, dtypes: Iterable[mx.Dtype], template: Mapping[str, Any]) -> int | None:
+    """Threadgroups that a core is to have room for of a sequence kernel, None of another one."""
+    if "NC" not in template:
+        return None
+    widest = max(template[name] for name in ("D", "DV", "DY", "DZ") if name in template)
+    return CORE_THREADS // threads if mx.bfloat16 in dtypes and widest <= BOUNDED else 1
 
 
 # Watchdog: macOS stops a launch that holds the GPU for seconds. One walk of a head of 64 x 64 costs about

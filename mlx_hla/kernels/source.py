@@ -169,10 +169,10 @@ def launch(
     every call, and what another one built is not used: replacing it replaces the machine that kernels run on.
     """
     device = gpu.language()
-    rounded = device.rounds and any(a.dtype == mx.bfloat16 for a in inputs)
+    dtypes, threads = {a.dtype for a in inputs}, how["threadgroup"][0]
+    rounded = device.rounds and mx.bfloat16 in dtypes
     make = device.maker()
-    threads = how["threadgroup"][0]
-    blocks = plan.resident(threads, dict(how["template"])) if rounded else None
+    blocks = plan.resident(threads, dtypes, dict(how["template"])) if device.bounds else None
     bound = None if blocks is None else (threads, blocks)
     key = (file, name, normalising, rounded, bound)
     entry = _built.get(key)
