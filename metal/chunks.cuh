@@ -94,7 +94,8 @@ FUNC void stage(T* dst, int ld, P src, S strides, int t, int rows, int cols, Lau
   if (cols == WIDTH && in_runs<N>(src, row_step, col_step, cols)) {
     HLA_UNROLL
     for (int n = 0; n < W * PARTS; n += launch.threads) {
-      const int i = n + launch.index, row = i / PARTS, c = i % PARTS * N;
+      const unsigned i = n + launch.index;
+      const int row = i / PARTS, c = i % PARTS * N;
       if (W * PARTS % launch.threads == 0 || i < W * PARTS) {
         copy_sixteen(dst + row * ld + c, first + (row < rows ? row * row_step : 0) + c, row < rows);
       }

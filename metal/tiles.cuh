@@ -73,7 +73,13 @@ template <int N, typename T>
 FUNC Run<T, N> run_read(const T* p) { return *reinterpret_cast<const Run<T, N>*>(p); }
 
 template <typename T, int N>
-FUNC void run_write(T* p, Run<T, N> run) { *reinterpret_cast<Run<T, N>*>(p) = run; }
+FUNC void run_write(T* p, Run<T, N> run) {
+  if (sizeof(run) == 4) {  // else two halves are two stores
+    *reinterpret_cast<unsigned*>(p) = reinterpret_cast<const unsigned&>(run);
+  } else {
+    *reinterpret_cast<Run<T, N>*>(p) = run;
+  }
+}
 
 FUNC bool at_multiple(const void* p, int bytes) { return (reinterpret_cast<unsigned long long>(p) & (bytes - 1)) == 0; }
 

@@ -174,7 +174,14 @@ def test_the_sections_of_cuda():
         for path in source.folder().glob("*.cuh")
         for name, its in source.sections(path.read_text(encoding="ascii")).items()
     }
-    named = {"What a GPU has of its own", "Tiles", "Products", "The decay of rows", "Scores", "Symmetric states"}
+    named = {
+        "What a GPU has of its own",
+        "Tiles",
+        "Products",
+        "The decay of rows",
+        "Scores",
+        "Symmetric states",
+    }
     named |= {"Dot products", "Products of scores", "Rows to threadgroup memory"}
     assert own.keys() == {"", *named}
     files = [path.stem for path in source.folder().glob("*.metal")]

@@ -52,6 +52,10 @@ OPTIONS = [
     Case(T=40, B=1, Hq=1, Hkv=1, D=64, V=64, normalize=True, carried=True),
     Case(T=33, B=1, Hq=1, Hkv=1, D=128, V=128, normalize=True),
 ]
+AHEAD = [
+    Case(T=101, B=1, Hq=2, Hkv=1, D=16, V=24, dtype="bf16", decay="extreme", carried=True),
+    Case(T=70, B=1, Hq=1, Hkv=1, D=24, V=16, decay="gates", carried=True),
+]
 HALF = [
     Case(T=70, D=16, V=16, decay="extreme", carried=True),
     Case(T=45, D=40, V=24, B=1, Hq=2, Hkv=1, decay="gates", carried=True, scale=0.5),
@@ -156,4 +160,20 @@ def test_states_kept_every_few_chunks(monkeypatch, op, case, block, keep):
     metal.install(monkeypatch)
     monkeypatch.setattr("mlx_hla.kernels.plan.MIN_BLOCK", block)
     monkeypatch.setitem(plan.KEEP, 4, keep)
+    KernelProblem(op, case).check()
+
+
+@each_case(*AHEAD)
+@each_family
+def test_staging_ahead(monkeypatch, op, case):
+    """What kernels do where there is room for two chunks, as on CUDA, watched as here."""
+    metal.install(monkeypatch)
+    use_schedule(monkeypatch, "blocks")
+
+    def maker(**definition):
+        header = definition["header"].replace("int AHEAD_BYTES = 0;", "int AHEAD_BYTES = 10240;")
+        assert header != definition["header"]
+        return metal.metal_kernel(**definition | {"header": header})
+
+    monkeypatch.setattr("mlx.core.fast.metal_kernel", maker)
     KernelProblem(op, case).check()
