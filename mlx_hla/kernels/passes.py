@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .plan import SCANNED, STRIPE, TINY, Back, Blocks, back_shape, blocks, ceil_div, staged_width, sums_stripe
+from .plan import STRIPE, TINY, Back, Blocks, back_shape, blocks, ceil_div, scanned, staged_width, sums_stripe
 from .source import launch
 
 
@@ -67,16 +67,16 @@ def block_sums(
 def border_states(sums, logs, first, factors, back: bool = False) -> mx.array:
     """The states at the borders of N blocks `[B, S, N + 1, DY, DZ]`, from what the blocks add."""
     B, S, N, DY, DZ = sums.shape
-    size = DY * DZ
-    threads = min(256, 32 * ceil_div(size, 32 * SCANNED))
+    size, each = DY * DZ, scanned()
+    threads = min(256, 32 * ceil_div(size, 32 * each))
     return launch(
         "linear",
         "linear_scan",
         inputs=[sums, logs, first, factors],
-        template=[("EACH", SCANNED), ("BACK", back)],
+        template=[("EACH", each), ("BACK", back)],
         output_shapes=[(B, S, N + 1, DY, DZ)],
         output_dtypes=[mx.float32],
-        grid=(threads * ceil_div(size, SCANNED * threads), 1, B * S),
+        grid=(threads * ceil_div(size, each * threads), 1, B * S),
         threadgroup=(threads, 1, 1),
     )[0]
 

@@ -15,12 +15,16 @@ SPARE = 256  # bytes of a threadgroup that a step leaves free, for alignment
 TINY = 1e-30  # stands for a decay of 0 where its gradient divides by it
 MAX_DIM = 128
 STRIPE = 2  # fragments of 8 columns that a simdgroup owns
-SCANNED = 4  # elements of a state that a thread of a scan owns
+SCANNED, CUDA_SCANNED = 4, 1  # elements of a state that a thread of a scan owns
 MIN_BLOCK = 256  # tokens: below this a block's state costs more than its tokens
 
 
 def _on_cuda() -> bool:
     return gpu.language() is gpu.CUDA
+
+
+def scanned() -> int:
+    return CUDA_SCANNED if _on_cuda() else SCANNED
 
 
 def fill() -> int:
