@@ -62,7 +62,9 @@ FUNC void walk_keys(
 //# before each body
   constexpr int K = (D + 7) / 8, R = W / 8, LD = 8 * K + 16 / sizeof(T), PAD = 16 / sizeof(Score), KV = (DV + 7) / 8;
   constexpr int LDK = 8 * K + PAD, LDP = W + PAD, LDV = 8 * KV + 16 / sizeof(T);
-  constexpr bool AHEAD = 2 * W * LD * sizeof(T) <= AHEAD_BYTES, STAGED = W * (2 * LD + LDV) * sizeof(T) <= AHEAD_BYTES;
+  // MORE: what K~ has beyond one of halves.
+  constexpr int MORE = W * LDK * (sizeof(Score) - 2), QK_BYTES = 2 * W * LD * sizeof(T) + MORE;
+  constexpr bool AHEAD = QK_BYTES <= AHEAD_BYTES, STAGED = QK_BYTES + W * LDV * sizeof(T) <= AHEAD_BYTES;
   SHARED T q_room[(AHEAD ? 2 : 1) * W * LD];
   SHARED T k_room[(AHEAD ? 2 : 1) * W * LD];
   SHARED T v_room[STAGED ? 2 * W * LDV : 1];

@@ -78,7 +78,7 @@ def blocks(T: int, heads: int, length: int | None = None) -> Blocks:
 # empty, and half as many threads may have 255 registers each.
 TWO_STATES, CUDA_TWO_STATES = ((64, 2), (96, 1)), ((96, 2),)
 FUSED = {"hla2": TWO_STATES, "ahla": TWO_STATES, "hla3": ((80, 1),)}
-CUDA_FUSED = {"hla2": CUDA_TWO_STATES, "ahla": CUDA_TWO_STATES, "hla3": ((80, 1),)}
+CUDA_FUSED = {"hla2": CUDA_TWO_STATES, "ahla": CUDA_TWO_STATES, "hla3": ((64, 2), (80, 1))}
 
 
 def fused(family: str | None, width: int) -> int | None:
@@ -201,9 +201,9 @@ def tile_registers(dim: int, stripe: int, states: int, width: int, tiles: int) -
 
 
 # On CUDA a core has 65,536 registers, and hides what its threads wait for by having many of them: 512 have
-# 128 each, which is enough for the sequence kernels in bfloat16 up to this width. Elsewhere one threadgroup
-# is to fit.
-CORE_THREADS, BOUNDED = 512, 64
+# 128 each, which is enough for the sequence kernels in bfloat16 up to this width, but for a walk of AHLA and
+# for HLA3's three states. Elsewhere one threadgroup is to fit.
+CORE_THREADS, CORE_THREADS_ROUTED, CORE_THREADS_THIRD, BOUNDED = 512, 384, 256, 64
 
 
 def resident(threads: int, dtypes: Iterable[mx.Dtype], template: Mapping[str, Any]) -> int | None:
@@ -211,7 +211,12 @@ def resident(threads: int, dtypes: Iterable[mx.Dtype], template: Mapping[str, An
     if "NC" not in template:
         return None
     widest = max(template[name] for name in ("D", "DV", "DY", "DZ") if name in template)
-    return CORE_THREADS // threads if mx.bfloat16 in dtypes and widest <= BOUNDED else 1
+    if mx.bfloat16 not in dtypes or widest > BOUNDED:
+        return 1
+    if template.get("THIRD"):
+        return CORE_THREADS_THIRD // threads
+    walks = "THIRD" in template and "TK" not in template
+    return (CORE_THREADS_ROUTED if walks else CORE_THREADS) // threads
 
 
 # Watchdog: macOS stops a launch that holds the GPU for seconds. One walk of a head of 64 x 64 costs about
