@@ -209,7 +209,8 @@ def run(args, cases: Sequence[Case] | None = None, subjects: Sequence[proof.Subj
     else:
         print(f"{len(results) - failed} passed, {failed} failed")
         if found:
-            wish = "backend=None" if kernels.gpu.language().unasked else "MLX_HLA_BACKEND=cuda"
+            least, wish = kernels.gpu.language().unasked_from, "backend=None"
+            wish += f", from {least:,} tokens on, or MLX_HLA_BACKEND=cuda" if least > 1 else ""
             print(f"\nWhat {wish} takes here from now on ({cache_file()}):")
         for subject, verdict in found.items():
             print(verdict_row(subject, verdict))

@@ -90,7 +90,7 @@ def test_packed_steps(monkeypatch, op):
 
 
 def test_the_choice(monkeypatch):
-    """`backend=None` takes them if asked, "metal" is not here, and another operator's passes run on them."""
+    """`backend=None` takes them if asked or for long calls; another operator's passes run on them."""
     cuda.install(monkeypatch)
     q = mx.random.normal((1, 20, 2, 8))
     cuda.launched.clear()
@@ -100,8 +100,15 @@ def test_the_choice(monkeypatch):
             monkeypatch.setenv("MLX_HLA_BACKEND", wish)
         mx.eval(mlx_hla.hla2(q, q, q))
         assert cuda.launched == taken, wish
+    cuda.launched.clear()
+    monkeypatch.delenv("MLX_HLA_BACKEND")
+    long = mx.zeros((1, gpu.CUDA.unasked_from, 1, 8), mx.bfloat16)
+    for x, taken in ((long[:, 1:], False), (long, True)):
+        mx.eval(mlx_hla.linear_attention(x, x, x))
+        assert bool(cuda.launched) is taken, x.shape
+    cuda.launched.clear()
     mx.eval(mlx_hla.hla2(q.astype(mx.bfloat16), *[q.astype(mx.bfloat16)] * 2, masked=False, backend="cuda"))
-    assert set(cuda.launched[1:]) == {"hla_linear_out_rounded"}
+    assert set(cuda.launched) == {"hla_linear_out_rounded"}
     with pytest.raises(ValueError, match=r"\[hla2\] backend 'metal' cannot serve .*is not an Apple GPU"):
         mlx_hla.hla2(q, q, q, backend="metal")
 

@@ -18,7 +18,8 @@ class GPU:
     maker_name: the function of `mx.fast` that builds a kernel. suffix: of the files in metal/ whose sections
     take the place of those of *.metal. rounds: calls in bfloat16 have a variant of their own. bounds: its
     compiler is told how many threads a threadgroup has, and how many of these a core is to have room for.
-    heads_first: the heads are the grid's x axis, not its z. unasked: `backend=None` takes its kernels.
+    heads_first: the heads are the grid's x axis, not its z. unasked_from: so many tokens of a call, a step's
+    one among them, and `backend=None` takes its kernels.
     core_bytes: threadgroup memory of a core. per_core: threadgroups that keep one busy; fill: those that keep
     a GPU busy whose cores are unknown.
     """
@@ -34,7 +35,7 @@ class GPU:
     rounds: bool = False
     bounds: bool = False
     heads_first: bool = False
-    unasked: bool = True
+    unasked_from: int = 1
 
     def maker(self) -> Callable:
         return getattr(mx.fast, self.maker_name)
@@ -50,8 +51,9 @@ class GPU:
 # core_bytes: of an M1 by philipturner's metal-benchmarks, taken for all; the least of NVIDIA's from 8.0 on,
 # by its programming guide. per_core of an Apple GPU is a guess from that: it has room for 1 to 5 threadgroups
 # of the sequence kernels.
-# On CUDA compiled plain ops are faster than the kernels at 4,096 tokens, slower at 65,536 (HLA2, 16 heads of
-# 64, metal/README.md), and every process compiles what it uses of the kernels for seconds.
+# On CUDA the kernels were measured to be 3 to 6 times as fast as compiled plain ops from 1,024 tokens on, the
+# shortest measured, and to compile in a third of the time (HLA2, 16 heads of 64, metal/README.md); steps are
+# not faster.
 METAL = GPU("metal", "Metal", "an Apple GPU", "metal_kernel", core_bytes=60 * 1024, per_core=3, fill=64)
 CUDA = GPU(
     "cuda",
@@ -65,7 +67,7 @@ CUDA = GPU(
     rounds=True,
     bounds=True,
     heads_first=True,
-    unasked=False,
+    unasked_from=1024,
 )
 GPUS = (METAL, CUDA)
 

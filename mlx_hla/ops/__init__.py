@@ -19,8 +19,9 @@ group: an `mx.distributed` group over whose ranks T is split. Each gives its str
     whole sequence's, on every rank. Not for Algorithm 3. The first call of a kind exchanges under a kilobyte
     at once, and raises on every rank if their shapes (but T), dtypes or options differ. For ranks that may
     end or fall silent, `mlx_hla.launched.join` makes a group with a clock.
-backend: None picks the Metal kernels where they serve the call, CUDA's if MLX_HLA_BACKEND=cuda is in the
-    environment too, and the plain MLX ops elsewhere; "metal", "cuda" or "mlx" asks for one.
+backend: None picks the Metal kernels where they serve the call, CUDA's from 1,024 tokens on or if
+    MLX_HLA_BACKEND=cuda is in the environment, and the plain MLX ops elsewhere; "metal", "cuda" or "mlx" asks
+    for one.
 
 Returns `(o, state)`: o `[B, T, Hq, Dv]` in the dtype of q, and a NamedTuple of float32 arrays. Gradients
 flow to q, k, v, an array decay and the initial state, from o and from the state. Sums and states are

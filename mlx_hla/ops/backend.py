@@ -1,10 +1,10 @@
 """Runs an operator: checks, the choice of a backend, its composition where that says.
 
-`backend=None` takes the kernels on an Apple GPU where they have proved themselves (`proof`): for sequences
-that `kernels.why_not` does not refuse, and for one token where the operator has a kernel for it. The
-environment variable MLX_HLA_BACKEND=mlx turns them off, and MLX_HLA_BACKEND=cuda turns them on, likewise
-where proved, on an NVIDIA GPU. `backend="metal"` and "cuda" raise where they cannot serve; nothing falls back
-in silence.
+`backend=None` takes the kernels where they have proved themselves (`proof`): for sequences that
+`kernels.why_not` does not refuse, and for one token where the operator has a kernel for it; on an NVIDIA GPU
+for sequences of `GPU.unasked_from` tokens and more, and with MLX_HLA_BACKEND=cuda in the environment for all.
+MLX_HLA_BACKEND=mlx turns them off. `backend="metal"` and "cuda" raise where they cannot serve; nothing falls
+back in silence.
 """
 
 from __future__ import annotations
@@ -55,10 +55,12 @@ def _by_kernels(operator: Operator, call: Call, backend: str | None) -> bool:
             f"the environment variable MLX_HLA_BACKEND must be one of {names} or unset, got {wish[:60]!r}"
         )
     here = kernels.gpu.here()
-    if backend is None and (here is None or wish == "mlx" or not (here.unasked or wish == here.name)):
+    if backend == "mlx" or (backend is None and (here is None or wish == "mlx")):
         return False
-    if backend == "mlx":
-        return False
+    if backend is None and here is not None and wish != here.name:
+        tokens = call.q.shape[1] if call.q.ndim == 4 else 1
+        if tokens < here.unasked_from:
+            return False
     why = _why_not(call, backend, here)
     if backend and why:
         raise ValueError(f"[{call.op}] backend {backend!r} cannot serve this call: {why}")
