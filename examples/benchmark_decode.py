@@ -4,9 +4,9 @@
     python examples/benchmark_decode.py --lengths 1024 1048576 --batch 1 32 --operators hla2 --dtype bfloat16
 
 Each row is a batch and the tokens that were read before, by the operator itself. Milliseconds are medians
-over runs of `--tokens` tokens, each fed the state of the one before, under mx.compile unless kernels are
-asked for; `x` is the time of softmax over the operator's, `copy` the operator's over the time that this
-device takes to copy as many bytes as the state has, each read and written once, as a step must. Softmax is
+over runs of `--tokens` tokens, each fed the state of the one before, under mx.compile; `x` is the time of
+softmax over the operator's, `copy` the operator's over the time that this device takes to copy as many
+bytes as the state has, each read and written once, as a step must. Softmax is
 `mx.fast.scaled_dot_product_attention` of one query on keys and values of that length, without the time to
 store new ones.
 """
@@ -71,7 +71,7 @@ def operator_ms(name: str, B: int, lengths: list[int], args) -> Iterator[tuple[f
         o, after = step(*one, before, decay=decay, **how)
         return [o, *arrays_of(after)]
 
-    one_more = write if args.backend in ("metal", "cuda") else mx.compile(write)
+    one_more = mx.compile(write)
 
     def run() -> list[mx.array]:
         held = arrays_of(state)
