@@ -55,11 +55,11 @@ def _by_kernels(operator: Operator, call: Call, backend: str | None) -> bool:
             f"the environment variable MLX_HLA_BACKEND must be one of {names} or unset, got {wish[:60]!r}"
         )
     here = kernels.gpu.here()
-    if backend == "mlx" or (backend is None and (here is None or wish == "mlx")):
+    if backend == "mlx":
         return False
-    if backend is None and here is not None and wish != here.name:
+    if backend is None:
         tokens = call.q.shape[1] if call.q.ndim == 4 else 1
-        if tokens < here.unasked_from:
+        if here is None or wish == "mlx" or (wish != here.name and tokens < here.unasked_from):
             return False
     why = _why_not(call, backend, here)
     if backend and why:
