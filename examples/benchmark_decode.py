@@ -4,10 +4,10 @@
     python examples/benchmark_decode.py --lengths 1024 1048576 --batch 1 32 --operators hla2 --dtype bfloat16
 
 Each row is a batch and the tokens that were read before, by the operator itself. Milliseconds are medians
-over runs of `--tokens` tokens, each fed the state of the one before, under mx.compile; `x` is the time of
-softmax over the operator's, `copy` the operator's over the time that this device takes to copy as many
-bytes as the state has, each read and written once, as a step must. Softmax is
-`mx.fast.scaled_dot_product_attention` of one query on keys and values of that length, without the time to
+over runs of `--tokens` tokens, each fed the state of the one before, under mx.compile, the lengths of an
+operator by turns. `x` is the time of softmax over the operator's, `copy` the operator's over the time that
+this device takes to copy as many bytes as the state has, each read and written once, as a step must. Softmax
+is `mx.fast.scaled_dot_product_attention` of one query on keys and values of that length, without the time to
 store new ones.
 """
 
@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -26,18 +27,25 @@ from mlx_hla.ops.operator import choices, find
 PIECE = 8192  # tokens that are read at once
 
 
-def median_ms(run: Callable[[], object], seconds: float) -> float:
-    """Median time of one run over at least three and about this many seconds."""
-    for _ in range(2):
-        mx.eval(run())
+def timed(run: Callable[[], object]) -> float:
+    """Milliseconds of one run."""
+    start = time.perf_counter()
+    mx.eval(run())
     mx.synchronize()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < seconds and len(times) < 200):
-        start = time.perf_counter()
-        mx.eval(run())
-        mx.synchronize()
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def medians_ms(runs: list[Callable[[], object]], seconds: float) -> list[float]:
+    """Median time of each, over at least three runs and about this many seconds of it.
+
+    They take turns: what disturbs the machine for a while disturbs all of them alike.
+    """
+    for run in runs:
+        timed(run)
+    times = [[timed(run) for run in runs] for _ in range(3)]
+    while sum(map(sum, times)) < seconds * len(runs) and len(times) < 200:
+        times.append([timed(run) for run in runs])
+    return [statistics.median(each) for each in zip(*times, strict=True)]
 
 
 def arrays_of(state: object) -> list[mx.array]:
@@ -45,13 +53,20 @@ def arrays_of(state: object) -> list[mx.array]:
 
 
 def copy_ms(nbytes: int, seconds: float) -> float:
-    """Time to read and to write so many bytes, measured on 256 MB or more."""
+    """Time to read and to write so many bytes, measured on 256 MB or more, eight times over."""
     x = mx.zeros(max(nbytes, 2**28) // 4)
-    return median_ms(lambda: x + 1, seconds) * nbytes / x.nbytes
+
+    def run() -> mx.array:
+        y = x
+        for _ in range(8):
+            y = y + 1
+        return y
+
+    return medians_ms([run], seconds)[0] / 8 * nbytes / x.nbytes
 
 
-def operator_ms(name: str, B: int, lengths: list[int], args) -> Iterator[tuple[float, int]]:
-    """(milliseconds of a token, bytes of the state) after each of the lengths, in order."""
+def operator_ms(name: str, B: int, args) -> tuple[list[float], int]:
+    """(milliseconds of a token after each of the lengths, bytes of the state)."""
     operator, dtype = find(name), getattr(mx, args.dtype)
     read, step = getattr(mlx_hla, operator.name), getattr(mlx_hla, f"{operator.name}_step")
     how = {"scale": args.dim**-0.5, "backend": args.backend}
@@ -63,29 +78,30 @@ def operator_ms(name: str, B: int, lengths: list[int], args) -> Iterator[tuple[f
 
     *one, decay = (x[:, 0] for x in tokens(1))
     mx.eval(one, decay)
-    state, done = None, 0
+    state, done, held = None, 0, []
+    for T in args.lengths:
+        while done < T:
+            *qkv, g = tokens(min(PIECE, T - done))
+            state = read(*qkv, decay=g, initial_state=state, **how)[1]
+            mx.eval(arrays_of(state))
+            done += qkv[0].shape[1]
+        held.append(arrays_of(state))
 
-    def write(*held: mx.array) -> list[mx.array]:
-        given = iter(held)  # a state's fields are arrays or None
+    def write(*arrays: mx.array) -> list[mx.array]:
+        given = iter(arrays)  # a state's fields are arrays or None
         before = type(state)(*(next(given) if isinstance(x, mx.array) else None for x in state))
         o, after = step(*one, before, decay=decay, **how)
         return [o, *arrays_of(after)]
 
     one_more = mx.compile(write)
 
-    def run() -> list[mx.array]:
-        held = arrays_of(state)
+    def run(arrays: list[mx.array]) -> list[mx.array]:
         for _ in range(args.tokens):
-            o, *held = one_more(*held)
-        return [o, *held]
+            o, *arrays = one_more(*arrays)
+        return [o, *arrays]
 
-    for T in lengths:
-        while done < T:
-            *qkv, g = tokens(min(PIECE, T - done))
-            state = read(*qkv, decay=g, initial_state=state, **how)[1]
-            mx.eval(arrays_of(state))
-            done += qkv[0].shape[1]
-        yield median_ms(run, args.seconds) / args.tokens, sum(x.nbytes for x in arrays_of(state))
+    times = medians_ms([partial(run, arrays) for arrays in held], args.seconds)
+    return [ms / args.tokens for ms in times], sum(x.nbytes for x in held[0])
 
 
 def softmax_ms(B: int, T: int, args) -> float | None:
@@ -104,21 +120,20 @@ def softmax_ms(B: int, T: int, args) -> float | None:
             x = mx.fast.scaled_dot_product_attention(x, k, v, scale=args.dim**-0.5)
         return x
 
-    return median_ms(run, args.seconds) / args.tokens
+    return medians_ms([run], args.seconds)[0] / args.tokens
 
 
 def rows(args) -> Iterator[dict]:
     """The records of a batch and a length, softmax's among them."""
     for B in args.batch:
-        each = {name: operator_ms(name, B, args.lengths, args) for name in args.operators}
-        for T in args.lengths:
-            softmax = softmax_ms(B, T, args)
+        each = {name: operator_ms(name, B, args) for name in args.operators}
+        copies = {name: copy_ms(nbytes, args.seconds) for name, (_, nbytes) in each.items()}
+        for i, T in enumerate(args.lengths):
+            row: dict = {"batch": B, "T": T, "softmax_ms": softmax_ms(B, T, args), "operators": {}}
             mx.clear_cache()
-            row: dict = {"batch": B, "T": T, "softmax_ms": softmax, "operators": {}}
-            for name, times in each.items():
-                ms, nbytes = next(times)
-                copies = ms / copy_ms(nbytes, args.seconds)
-                row["operators"][name] = {"ms": ms, "state_bytes": nbytes, "copies": copies}
+            for name, (times, nbytes) in each.items():
+                found = {"ms": times[i], "state_bytes": nbytes, "copies": times[i] / copies[name]}
+                row["operators"][name] = found
             yield row
 
 
@@ -147,7 +162,7 @@ def make_parser(gpu: bool) -> argparse.ArgumentParser:
     add("--backend", choices=["mlx", "metal", "cuda"], help="default: the library's own choice")
     add("--tokens", type=int, default=32, help="of a run (default: %(default)s)")
     add("--seconds", type=float, default=0.3, help="per figure (default: %(default)s)")
-    most = 2**35 if gpu else 2**31
+    most = 2**33 if gpu else 2**31  # MLX's kernels have no more than 2^32 threads
     add("--most", type=int, default=most, help="bytes of softmax's keys and values (default: %(default)s)")
     add("--json", type=Path, help="keep the figures in this file too")
     return p
