@@ -89,7 +89,7 @@ RULES = {
     "write a state to the wrong place": (r"\bslot \* ", "(slot ^ 1) * "),
 }  # fmt: skip
 
-# Edits that change nothing: (rule, a piece of the line and the next, why).
+# Edits that change nothing: (rule, a piece of "what is edited in the line and the next", why).
 EQUIVALENT = [
     ("flip a loose comparison", "g <= 0.0f || l < log_least", "log 0 is below any bound"),
     ("flip a comparison", "g <= 0.0f || l < log_least", "the larger of two equals is either"),
@@ -110,6 +110,10 @@ EQUIVALENT = [
         "entries are what linear_scan wrote: contiguous",
     ),
     ("take the last stride for 1", "plus_strides[3]", "plus is what back_queries wrote: contiguous"),
+    ("flip a strict comparison", "past[now] > NOTHING", "at this bound either way is as good"),
+    ("flip a strict comparison", "if (rows > 0)", "a chunk of no rows is staged as zeros that nobody reads"),
+    ("flip a loose comparison", "<= AHEAD_BYTES", "what is staged ahead changes when, not what"),
+    ("keep one condition of two", "&& row < size in ", "sizes are multiples of 8, as the tiles' rows are"),
 ]
 
 # The tests of a file's mutants, the quickest to notice first; the widest heads and the longest runs left out.
@@ -151,9 +155,8 @@ class Mutant:
 
     @property
     def equivalent(self):
-        return next(
-            (why for rule, piece, why in EQUIVALENT if rule == self.rule and piece in self.context), None
-        )
+        text = f"{self.old} in {self.context}"
+        return next((why for rule, piece, why in EQUIVALENT if rule == self.rule and piece in text), None)
 
 
 def _short(text):

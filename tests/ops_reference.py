@@ -162,7 +162,7 @@ class Case:
     D: int = 6
     V: int = 5
     dtype: str = "f32"
-    decay: str | None = None  # "float", "heads", "gates", "extreme" or "half", see `Problem.decay`
+    decay: str | None = None  # "float", "heads", "gates", "extreme", "resets" or "half", see `Problem.decay`
     mask: str | None = None  # "left", "right", "holes"
     segments: bool = False
     normalize: bool = False
@@ -250,6 +250,9 @@ class Problem:
         if c.decay == "heads":
             return np.linspace(0.8, 0.95, c.Hkv)
         g = self.rng.uniform(0.5, 1.0, (c.B, c.T, c.Hkv))
+        if c.decay == "resets":  # all or nothing, never twice in a chunk
+            g[:] = 1.0
+            g[:, 5::37] = 0.0
         if c.decay == "extreme":
             # zeros at the start, in the middle, twice running, and at both sides of chunk borders
             for t, value in ((0, 0.0), (5, 1e-30), (6, 1e-12), (7, 0.0), (8, 0.0), (15, 1e-30), (16, 0.0)):

@@ -135,7 +135,7 @@ def test_blocks_as_they_are(monkeypatch, op):
 def test_blocks_of_several_chunks(monkeypatch, op):
     """Blocks of two chunks, and decays slow enough that the first token reaches the last block."""
     metal.install(monkeypatch)
-    monkeypatch.setattr("mlx_hla.kernels.plan.MIN_BLOCK", 64)
+    monkeypatch.setattr("mlx_hla.kernels.plan.min_block", lambda: 64)
     case = Case(T=150, B=1, Hq=2, Hkv=2, D=16, V=8, decay="heads", carried=True)
     with metal.counters() as c:
         KernelProblem(op, case).check()
@@ -143,8 +143,9 @@ def test_blocks_of_several_chunks(monkeypatch, op):
 
 
 # Blocks of three chunks, and of four and a half; a sequence in one block; decays so small that the states are
-# followed, alone and side by side; two threadgroups a head.
+# followed, alone and side by side; nothing forgotten or all of it; two threadgroups a head.
 SELDOM_KEPT = [
+    (Case(T=150, B=1, Hq=2, Hkv=1, D=8, V=8, decay="resets", carried=True), 96),
     (Case(T=257, B=1, Hq=2, Hkv=1, D=8, V=16, decay="gates", carried=True), 96),
     (Case(T=310, B=1, Hq=2, Hkv=2, D=16, V=8, decay="extreme", carried=True), 144),
     (Case(T=150, B=2, Hq=2, Hkv=2, D=8, V=8, decay="extreme", carried=True), 256),
@@ -158,7 +159,7 @@ SELDOM_KEPT = [
 def test_states_kept_every_few_chunks(monkeypatch, op, case, block, keep):
     """In float32 too, which shows what half types would hide."""
     metal.install(monkeypatch)
-    monkeypatch.setattr("mlx_hla.kernels.plan.MIN_BLOCK", block)
+    monkeypatch.setattr("mlx_hla.kernels.plan.min_block", lambda: block)
     monkeypatch.setitem(plan.KEEP, 4, keep)
     KernelProblem(op, case).check()
 
