@@ -59,6 +59,7 @@ def jobs() -> list[Job]:
     add("alias join", "hla2+fixed ahla+fixed mixed+fixed gdn+fixed")
     add("join alias", tuple(f"{arm}+steps" for arm in MAIN))
     add("recall", MAIN, 8)
+    add("recall", ("first", "gdn", "hla2", "ahla", "readout"), 4)
     add("hop3 match3", (*MAIN, "softmax"))
     add("recall regress", tuple(f"{arm}+window" for arm in MAIN))
     add("copy parity s3", ("first", "gdn", "hla2", "ahla", "readout", "softmax"))
