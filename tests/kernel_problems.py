@@ -32,7 +32,7 @@ THREADS = (
 )
 
 # How a sequence is scheduled, by what `plan` reads: one walk over all of it, or blocks of one chunk.
-SCHEDULES = {"walk": {"fill": lambda: 1}, "blocks": {"MIN_BLOCK": 32, "fill": lambda: 64}}
+SCHEDULES = {"walk": {"fill": lambda: 1}, "blocks": {"min_block": lambda: 32, "fill": lambda: 64}}
 
 
 def use_schedule(monkeypatch, name):

@@ -193,7 +193,7 @@ def test_what_a_decay_keeps_is_bounded():
             for cut in plan.segments(heads, 2**20, D, DV, kept_every=width):
                 start, stop, _ = cut.indices(2**20)
                 kept = 4 * heads * D * DV * (stop - start) / width
-                assert kept <= plan.KEPT_BYTES or stop - start <= plan.MIN_BLOCK
+                assert kept <= plan.KEPT_BYTES or stop - start <= plan.min_block()
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])

@@ -42,7 +42,7 @@ def test_second_order(monkeypatch, schedule, launches, traffic):
     T, H, D, W = 512, 2, 64, 32
     use_schedule(monkeypatch, schedule)
     if schedule == "blocks":
-        monkeypatch.setattr("mlx_hla.kernels.plan.MIN_BLOCK", 256)
+        monkeypatch.setattr("mlx_hla.kernels.plan.min_block", lambda: 256)
     c = run("hla2", *inputs(T, H))
     assert c.launches == launches
     assert c.threadgroup_bytes <= THREADGROUP_BYTES
@@ -108,7 +108,7 @@ def test_in_one_walk_or_blocks(monkeypatch, family, schedule, launches, traffic)
     """q, k and v are read once and o is written once, or, in blocks, what comes between the passes twice."""
     metal.install(monkeypatch)
     use_schedule(monkeypatch, schedule)
-    monkeypatch.setattr("mlx_hla.kernels.plan.MIN_BLOCK", 256)
+    monkeypatch.setattr("mlx_hla.kernels.plan.min_block", lambda: 256)
     T, H, D = 512, 2, 64
     c = run(family, *inputs(T, H))
     assert c.launches == launches

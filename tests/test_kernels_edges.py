@@ -22,7 +22,7 @@ from standin import metal
 from mlx_hla import kernels
 from mlx_hla import reference as R
 from mlx_hla.kernels import plan
-from mlx_hla.kernels.plan import LAUNCH_WORK, MIN_BLOCK, segments
+from mlx_hla.kernels.plan import LAUNCH_WORK, min_block, segments
 
 pytestmark = needs_standin
 each_family = pytest.mark.parametrize("op", PLAIN)
@@ -308,7 +308,7 @@ def test_long_calls_are_cut(monkeypatch, op):
     problem = KernelProblem(op, CASE)
     given = problem.given()
     whole = everything(problem, given=given)
-    monkeypatch.setattr("mlx_hla.kernels.plan.MIN_BLOCK", 32)
+    monkeypatch.setattr("mlx_hla.kernels.plan.min_block", lambda: 32)
     monkeypatch.setattr("mlx_hla.kernels.plan.LAUNCH_WORK", 1)
     with metal.counters() as once:
         mx.eval(problem.run())
@@ -329,7 +329,7 @@ def test_launches_are_bounded(heads, D, DV):
         assert tokens[-1][1] == T
         assert all(a[1] == b[0] for a, b in pairwise(tokens))
         longest = max(stop - start for start, stop in tokens)
-        assert longest * heads * D * max(D, DV) <= LAUNCH_WORK or longest <= MIN_BLOCK
+        assert longest * heads * D * max(D, DV) <= LAUNCH_WORK or longest <= min_block()
 
 
 # ---- the primitive on operands that no public operator has

@@ -46,7 +46,7 @@ def draw(seed):
         scale=pick(1.0, 0.3),
         carried=bool(rng.random() < 0.5),
     )
-    plan = {"MIN_BLOCK": int(32 * rng.integers(1, 9)), "fill": int(rng.integers(1, 65))}
+    plan = {"min_block": int(32 * rng.integers(1, 9)), "fill": int(rng.integers(1, 65))}
     threads = ({"schedule": "random", "seed": seed}, {"schedule": pick("forward", "reverse", "interleave")})
     op, make = pick(*FAMILIES, *FAMILIES, *COMPOSED), through_steps if stepping else through_kernels
     if op in COMPOSED and case.dtype != "f32":
@@ -60,6 +60,6 @@ def test_random_calls(monkeypatch, seed):
     metal.install(monkeypatch)
     op, case, plan, threads, make = draw(seed)
     print(op, case, plan, make.__name__)
-    monkeypatch.setattr("mlx_hla.kernels.plan.MIN_BLOCK", plan["MIN_BLOCK"])
+    monkeypatch.setattr("mlx_hla.kernels.plan.min_block", lambda: plan["min_block"])
     monkeypatch.setattr("mlx_hla.kernels.plan.fill", lambda: plan["fill"])
     KernelProblem(op, case, seed=seed, make=make).check(threads=threads)

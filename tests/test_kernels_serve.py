@@ -5,13 +5,14 @@ import subprocess
 import sys
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from conftest import assert_close
 from kernel_problems import Case, KernelProblem, each_family, needs_standin, same_bits, through_steps
 from standin import metal
 
 from mlx_hla import kernels
-from mlx_hla.kernels import plan, source
+from mlx_hla.kernels import one_pass, passes, plan, source
 from mlx_hla.kernels.serve import STEPS
 
 
@@ -70,6 +71,7 @@ def test_availability_is_the_default_device():
 def test_nothing_is_built_at_import():
     code = """
 import mlx.core as mx
+import numpy as np
 def refuse(*a, **k): raise AssertionError("a kernel was built")
 mx.fast.metal_kernel = refuse
 import mlx_hla, mlx_hla.kernels
@@ -224,16 +226,19 @@ def test_a_device_is_asked_once(monkeypatch):
         kernels.gpu._info.cache_clear()
 
 
-def test_blocks():
+@pytest.mark.parametrize("device", kernels.gpu.GPUS, ids=lambda device: device.name)
+def test_blocks(monkeypatch, device):
+    monkeypatch.setattr(kernels.gpu, "language", lambda: device)
+    assert plan.blocks(2 * device.min_block, 1) == plan.Blocks(device.min_block, 2)
     for T in (1, 31, 255, 256, 257, 4096, 65537):
         for heads in (1, 3, 16, 64, 1000):
             cut = plan.blocks(T, heads)
             assert cut.length % 32 == 0
             assert cut.length * (cut.count - 1) < T <= cut.length * cut.count
-            assert cut.count == 1 or cut.length >= plan.MIN_BLOCK
+            assert cut.count == 1 or cut.length >= plan.min_block()
             assert cut.count * heads <= max(heads, 2 * plan.fill())
     assert plan.blocks(65536, 1).count == plan.fill()
-    assert plan.blocks(65536, 64).count == 1
+    assert plan.blocks(65536, plan.fill()).count == 1
 
 
 @needs_standin
@@ -249,3 +254,13 @@ def test_a_wide_head_runs_pass_by_pass(monkeypatch):
         launched[D] = c.kernels
         assert_close("o", o, problem.expected()[0], problem.tolerance())
     assert launched == {96: ["hla_hla2_walk"], 104: ["hla_linear_out"] * 2}
+
+
+def test_constants_are_made_once():
+    """And a state of zeros is one number, however large."""
+    assert passes.floats(1, 0.5) is passes.floats(1.0, 0.5)
+    assert passes.ints(256) is passes.ints(256)
+    zeros = one_pass.zero_state((2, 3, 4, 5))
+    assert zeros.dtype == mx.float32
+    assert mx.array_equal(zeros, mx.zeros((2, 3, 4, 5)))
+    assert np.array(zeros, copy=False).strides == (0, 0, 0, 0)

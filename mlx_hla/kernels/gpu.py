@@ -21,7 +21,8 @@ class GPU:
     heads_first: the heads are the grid's x axis, not its z. unasked_from: so many tokens of a call, a step's
     one among them, and `backend=None` takes its kernels.
     core_bytes: threadgroup memory of a core. per_core: threadgroups that keep one busy; fill: those that keep
-    a GPU busy whose cores are unknown.
+    a GPU busy whose cores are unknown. min_block: tokens of the shortest block, for each one's states are
+    written and read.
     """
 
     name: str
@@ -31,6 +32,7 @@ class GPU:
     core_bytes: int
     per_core: int
     fill: int
+    min_block: int
     suffix: str = ".metal"
     rounds: bool = False
     bounds: bool = False
@@ -53,8 +55,18 @@ class GPU:
 # of the sequence kernels.
 # On CUDA the kernels were measured to be 3 to 6 times as fast as compiled plain ops from 1,024 tokens on, the
 # shortest measured, and to compile in a third of the time (HLA2, 16 heads of 64, metal/README.md); steps are
-# not faster.
-METAL = GPU("metal", "Metal", "an Apple GPU", "metal_kernel", core_bytes=60 * 1024, per_core=3, fill=64)
+# not faster. min_block there: HLA2's forward on 4,096 tokens takes 0.136, 0.142, 0.125, 0.122 and 0.146 ms by
+# blocks of 64, 96, 128, 192 and 256; with the backward 128 and 192 are equal, and best (an H200).
+METAL = GPU(
+    "metal",
+    "Metal",
+    "an Apple GPU",
+    "metal_kernel",
+    core_bytes=60 * 1024,
+    per_core=3,
+    fill=64,
+    min_block=256,
+)
 CUDA = GPU(
     "cuda",
     "CUDA",
@@ -63,6 +75,7 @@ CUDA = GPU(
     core_bytes=100 * 1024,
     per_core=4,
     fill=512,
+    min_block=128,
     suffix=".cuh",
     rounds=True,
     bounds=True,

@@ -18,8 +18,13 @@ from .plan import back_shape, segments
 def whole_decay(g: mx.array | None, lead: tuple[int, ...]) -> mx.array:
     """g as `[*lead, Hg]`, broadcast without a copy; no decay is a decay of 1."""
     if g is None:
-        return mx.broadcast_to(mx.ones((1,)), (*lead, 1))
+        return mx.broadcast_to(passes.floats(1), (*lead, 1))
     return mx.broadcast_to(g, (*lead, g.shape[-1]))
+
+
+def zero_state(shape: tuple[int, ...]) -> mx.array:
+    """Zeros that no launch writes: one number, which kernels read with strides of 0."""
+    return mx.broadcast_to(passes.floats(0), shape)
 
 
 def between(dtype: mx.Dtype) -> mx.Dtype:
@@ -98,7 +103,7 @@ def linear(
     values = k if v is None else v
     (B, T, _, D), DV, heads = q.shape, values.shape[3], max(k.shape[2], values.shape[2])
     dtype, decay = dtype or q.dtype, decay_gradient and g is not None
-    first = mx.zeros((B, heads, D, DV)) if state is None else state
+    first = zero_state((B, heads, D, DV)) if state is None else state
     a = Operands(q, k, v, whole_decay(g, k.shape[:2]), first)
     run, parts = _pass(float(scale), power, decay, dtype), []
     staged = [(D, q.dtype), (D, k.dtype), (DV, dtype), *([] if v is None else [(DV, v.dtype)])]

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -12,10 +13,14 @@ from .plan import STRIPE, TINY, Back, Blocks, back_shape, blocks, ceil_div, scan
 from .source import launch
 
 
+# What the host writes into an array the GPU must fetch when it first reads it: on CUDA, where that is managed
+# memory, longer than a short kernel runs. So equal numbers are one array, which is fetched once.
+@lru_cache(maxsize=1024)
 def floats(*values: float) -> mx.array:
     return mx.array(values, mx.float32)
 
 
+@lru_cache(maxsize=1024)
 def ints(*values: int) -> mx.array:
     return mx.array(values, mx.int32)
 

@@ -16,7 +16,6 @@ TINY = 1e-30  # stands for a decay of 0 where its gradient divides by it
 MAX_DIM = 128
 STRIPE = 2  # fragments of 8 columns that a simdgroup owns
 SCANNED, CUDA_SCANNED = 4, 1  # elements of a state that a thread of a scan owns
-MIN_BLOCK = 256  # tokens: below this a block's state costs more than its tokens
 
 
 def _on_cuda() -> bool:
@@ -31,6 +30,11 @@ def fill() -> int:
     """Threadgroups that keep this GPU busy; fewer heads than this are cut into blocks."""
     device, cores = gpu.language(), gpu.cores()
     return device.fill if cores is None else device.per_core * cores
+
+
+def min_block() -> int:
+    """Tokens of the shortest block."""
+    return gpu.language().min_block
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -64,10 +68,10 @@ def staged_width(staged: list[tuple[int, mx.Dtype]], room: int = THREADGROUP_BYT
 
 
 def blocks(T: int, heads: int, length: int | None = None) -> Blocks:
-    """As few blocks as fill the GPU with threadgroups, none shorter than `MIN_BLOCK` tokens."""
+    """As few blocks as fill the GPU with threadgroups, none shorter than `min_block` tokens."""
     if length is None:
         want = ceil_div(fill(), heads)
-        length = max(MIN_BLOCK, 32 * ceil_div(T, 32 * want))
+        length = max(min_block(), 32 * ceil_div(T, 32 * want))
     return Blocks(length, ceil_div(T, length))
 
 
@@ -238,5 +242,6 @@ def segments(heads: int, T: int, D: int, DV: int, kept_every: int | None = None)
     most = LAUNCH_WORK // (heads * D * max(D, DV))
     if kept_every:
         most = min(most, kept_every * KEPT_BYTES // (4 * heads * D * max(D, DV)))
-    most = max(MIN_BLOCK, most // MIN_BLOCK * MIN_BLOCK)
+    least = min_block()
+    most = max(least, most // least * least)
     return [slice(t, min(T, t + most)) for t in range(0, T, most)] if most < T else [slice(None)]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from .. import kernels
-from ..kernels.one_pass import whole_decay
+from ..kernels.one_pass import whole_decay, zero_state
 from ..transforms import differentiable
 from .checks import Call
 from .operator import Held, Operator
@@ -97,7 +97,7 @@ class KernelSequence(Tokens):
 
     def _zeros(self) -> dict[str, mx.array]:
         dims = self.dims._replace(Dv=self.v.shape[-1])
-        return {slot.key: mx.zeros(slot.shape(dims)) for slot in self.operator.slots}
+        return {slot.key: zero_state(slot.shape(dims)) for slot in self.operator.slots}
 
 
 def run_dtype(operator: Operator, call: Call) -> mx.Dtype:
