@@ -106,20 +106,22 @@ def draw_small(runs: list[dict[str, Any]], path: Path, context: int = 1024, step
 
 
 def draw_long(runs: list[dict[str, Any]], path: Path, context: int = 16384, steps: int = 1600) -> None:
-    """Nats per token in the stretch of tokens that ends at each power of two."""
+    """Nats per token in the stretch of tokens that ends at each power of two; an arm's other rates dashed."""
     members = [r for r in runs if (r["size"], r["context"], r["steps"]) == ("small", context, steps)]
     figure, ax = plots().subplots(figsize=(6.4, 3.4), layout="constrained")
     styles = {"softmax": "tab:grey", "window": "tab:orange", "window+hla2": "tab:blue"}
+    best = [r for (_,), own in groups(members, "arm").items() for r in best_rate(own)]
     for r in sorted(members, key=lambda r: r["nats_per_byte"]):
         ends = [int(end) for end in r["nats_per_token_to"]]
-        state = f"{r['state_bytes'] / 1e6:.1f} MB of state"
-        ax.plot(ends, list(r["nats_per_token_to"].values()), "o-", ms=4, color=styles.get(r["arm"]),
-                label=f"{r['arm']}: {r['nats_per_byte']:.3f} nats per byte, {state}")  # fmt: skip
+        ax.plot(ends, list(r["nats_per_token_to"].values()), "o-" if r in best else "--", ms=4,
+                color=styles.get(r["arm"]),
+                label=f"{r['arm']}, rate {r['lr']:g}: {r['nats_per_byte']:.3f} nats per byte")  # fmt: skip
     ax.set_xscale("log", base=2)
     ax.set_xticks(ends, [f"{end:,}" for end in ends])
     ax.set_xlabel("tokens read, to")
     ax.set_ylabel("nats per token")
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=7)
+    ax.set_ylim(top=ax.get_ylim()[1] + 0.7)  # room for the legend
     ax.set_title(f"5.9 million parameters, context {context:,}, {steps:,} steps, one seed", fontsize=9)
     figure.savefig(path, dpi=110)
 
