@@ -171,10 +171,17 @@ def _per_head(
     return mx.broadcast_to(change(x.astype(mx.float32)), shape)
 
 
+@mx.custom_function
 @fuse
 def _clamped(g):
-    # By comparisons, so that NaN stays NaN and the gradient at exactly 0 and 1 is that of g.
+    # By comparisons, so that NaN stays NaN.
     return mx.where(g < 0, 0.0, mx.where(g > 1, 1.0, g))
+
+
+@_clamped.vjp
+def _(g, d, clamped):
+    # At exactly 0 and 1 the gradient is that of g. What the comparisons gave need not be kept for it.
+    return mx.where((clamped == g) | mx.isnan(g), d, 0.0)
 
 
 def decay_array(
