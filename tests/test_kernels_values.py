@@ -164,12 +164,13 @@ def test_states_kept_every_few_chunks(monkeypatch, op, case, block, keep):
     KernelProblem(op, case).check()
 
 
+@both_schedules
 @each_case(*AHEAD)
 @each_family
-def test_staging_ahead(monkeypatch, op, case):
+def test_staging_ahead(monkeypatch, op, case, schedule):
     """What kernels do where there is room for two chunks, as on CUDA, watched as here."""
     metal.install(monkeypatch)
-    use_schedule(monkeypatch, "blocks")
+    use_schedule(monkeypatch, schedule)
 
     def maker(**definition):
         header = definition["header"].replace("int AHEAD_BYTES = 0;", "int AHEAD_BYTES = 10240;")
